@@ -1,0 +1,426 @@
+"""One live database: connections, the read transaction that pins the WAL, reading changes, and the gap-free checkpoint.
+
+Four connections, all with `wal_autocheckpoint=0` and `synchronous=NORMAL`:
+
+* `R` holds a read transaction (the *pin*) at all times; `R2` takes over when the pin moves. Both are opened read-only, so that closing
+  the last of them neither checkpoints nor deletes the WAL.
+* `W` takes the write lock, never writes.  `C` runs `wal_checkpoint(PASSIVE)`.
+
+**What the pin gives.** A reader that begins while the WAL holds frames not yet copied sits in a slot > 0: nobody can restart the WAL.
+One that begins when all is copied sits in slot 0: nobody can copy anything, and the next writer may restart the WAL once, after
+which it cannot be restarted again, because that needs copying. So under one unbroken pin that began at or before the synced position, a
+change of the WAL's salts is one restart that skipped nothing. Hence `restart_proven`.
+
+**The invariant** that everything else rests on: *the database file never holds an image newer than the position*, the end of the WAL
+that `changes` or `checkpoint` returned last. Nobody may copy frames past the oldest reader, and the pin only ever moves while this
+engine holds the write lock, with everything up to the WAL's end already read. The state at the position is then: the newest frame
+of a page in the current WAL up to the position, else the page in the file.
+
+**Checkpoint.** Under the write lock: read the WAL to its very end; let the pin go (a restart needs the write lock, which we hold);
+PASSIVE; pin again, in slot 0; release. Writers wait for the copying of the last frames and its fsync only, because the bulk is
+copied before, in passes without the write lock. The next writer restarts the WAL. Nothing is written to the database.
+
+Source: `docs/design.md`; SQLite's wal.c for slots, restart and checkpoint rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from replicator import livefile
+from replicator.errors import DatabaseLocked, DatabaseNotFound, DatabaseStateError, FormatError, NotADatabase, NotWALMode
+from replicator.format.sqlite import SQLITE_MAGIC, lock_pgno
+from replicator.format.wal import WAL_HEADER_SIZE, WALHeader, frame_size
+from replicator.tail import NO_WAL, Continue, Decision, WALPosition, decide, start_of
+from replicator.walreader import Changes, WALFile
+
+if TYPE_CHECKING:
+    from replicator.format.wal import FrameHeader
+
+__all__ = ["Checkpoint", "Database", "Image"]
+
+LOCK_RETRY_S = 0.00005
+LOCK_BUDGET_S = 0.25
+COPY_PASS_FRAMES = 256
+IMAGE_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What one attempt did.
+
+    Attributes:
+        complete: every frame is in the database file; the next writer restarts the WAL.
+        moved: the pin moved to `position`, so that everybody may copy up to there.
+        contended: another process was checkpointing, or the write lock was not to be had.
+        tail: what was read under the write lock, past the position that the caller gave; the caller owns it now.
+        position: the new position, also when the attempt failed.
+        locked_s: how long writers had to wait.
+    """
+
+    complete: bool
+    moved: bool
+    contended: bool
+    tail: Changes | None
+    position: WALPosition
+    locked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The whole database at one committed state.
+
+    Attributes:
+        position: end of the WAL frames that it includes.
+        commit: size in pages.
+        overlay: byte offset in the WAL of each page whose newest image is there.
+    """
+
+    position: WALPosition
+    page_size: int
+    commit: int
+    overlay: dict[int, int]
+
+
+class Database:
+    """One live database. The caller serialises all calls."""
+
+    def __init__(self, path: Path, *, busy_timeout_s: float = 1.0) -> None:
+        self.path = path
+        self.page_size = 0
+        self._wal_path = path.with_name(path.name + "-wal")
+        self._busy_timeout_s = busy_timeout_s
+        self._file = -1
+        self._connections: list[sqlite3.Connection] = []
+        self._pinned = False
+        self._attached = False  # everything that the pin can see is synced
+        self._slot0 = False  # the pin may sit in slot 0
+        self._restart_allowed = False  # the WAL may be restarted (once) under the pin
+        self._pin_offset = 0  # where the pin began, at the latest
+        self._identity = (0, 0)
+
+    # -- opening and closing -----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connect, make sure of WAL mode, and pin.
+
+        Raises:
+            DatabaseNotFound, NotADatabase, NotWALMode, DatabaseLocked: the source is untouched then.
+        """
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            raise DatabaseNotFound(self.path) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise NotADatabase(self.path, "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file")
+        livefile.warn_about_second_library()
+        self._file = livefile.descriptor(self.path)
+        self._identity = (found.st_dev, found.st_ino)
+        head = os.pread(self._file, 16, 0)
+        if head and head != SQLITE_MAGIC:
+            raise NotADatabase(self.path)
+        try:
+            for mode in ("rw", "rw", "ro", "ro"):
+                self._connections.append(self._connect(mode))
+            self._writer, self._checkpointer, self._pin, self._spare = self._connections
+            self._ensure_wal_mode()
+            self.page_size = int(self._checkpointer.execute("PRAGMA page_size").fetchone()[0])
+            self.pin()
+        except sqlite3.Error as error:
+            self.close()
+            raise self._translate(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the pin go and close the connections; the WAL file stays. Closing twice does nothing."""
+        for connection in self._connections:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+        self._connections = []
+        self._pinned = False
+
+    @property
+    def is_attached(self) -> bool:
+        """True when the pin has been held without a break since everything that it sees was synced."""
+        return self._attached
+
+    def refresh(self) -> None:
+        """Read the page size anew, from the pinned state."""
+        self.page_size = int(self._pin.execute("PRAGMA page_size").fetchone()[0])
+
+    def replaced(self) -> bool:
+        """True when another file, or none, stands at the path now."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != self._identity
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self._busy_timeout_s, check_same_thread=False)
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+
+    def _ensure_wal_mode(self) -> None:
+        self._checkpointer.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        mode = str(self._checkpointer.execute("PRAGMA journal_mode").fetchone()[0])
+        if mode == "wal":
+            return
+        try:
+            mode = str(self._checkpointer.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            raise NotWALMode(self.path, mode) from error
+        if mode != "wal":
+            raise NotWALMode(self.path, mode)
+
+    def _translate(self, error: sqlite3.Error) -> Exception:
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            return DatabaseLocked(self.path)
+        if "not a database" in text or "malformed" in text:
+            return NotADatabase(self.path, text)
+        return DatabaseStateError(f"cannot read the database: {self.path}: {text}")
+
+    # -- the pin -----------------------------------------------------------------------------------------------------------------
+
+    def pin(self) -> None:
+        """Begin the read transaction anew, where the WAL is now. What was synced before proves nothing any more."""
+        self._unpin()
+        _begin_read(self._pin)
+        self._pinned = self._slot0 = self._restart_allowed = True
+        self._attached = False
+
+    def attached(self, position: WALPosition) -> None:
+        """Take note that everything which the pin can see is synced, up to `position`."""
+        self._attached = True
+        self._pin_offset = position.offset
+
+    def _unpin(self) -> None:
+        if self._pinned:
+            self._pin.execute("ROLLBACK")
+            self._pinned = False
+
+    def _move_pin(self, position: WALPosition) -> None:
+        """Move the pin to `position`, which is the WAL's end: call only with the write lock held."""
+        _begin_read(self._spare)
+        self._pin.execute("ROLLBACK")
+        self._pin, self._spare = self._spare, self._pin
+        self._pin_offset = position.offset
+        self._slot0 = self._restart_allowed = False
+
+    def _progress(self, found: Changes) -> None:
+        """Frames past the pin: from now on the WAL cannot be restarted under it, wherever it sits."""
+        if self._attached:
+            self._restart_allowed = False
+            if found.start.offset == WAL_HEADER_SIZE:
+                self._pin_offset = WAL_HEADER_SIZE
+
+    def _lock_writers(self) -> bool:
+        """Take the write lock. SQLite's own back-off sleeps up to 100 ms and starves against a busy writer; this one does not."""
+        self._writer.execute("PRAGMA busy_timeout=0")
+        end = time.monotonic() + LOCK_BUDGET_S
+        while True:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                return True
+            except sqlite3.OperationalError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(LOCK_RETRY_S)
+
+    # -- reading -----------------------------------------------------------------------------------------------------------------
+
+    def wal_size(self) -> int:
+        """Return the length of the `-wal` file in bytes: an upper bound of what it holds."""
+        try:
+            return os.stat(self._wal_path).st_size
+        except FileNotFoundError:
+            return 0
+
+    @contextlib.contextmanager
+    def wal(self) -> Iterator[WALFile | None]:
+        """Open the WAL for reading; None when there is none."""
+        try:
+            wal = WALFile(self._wal_path)
+        except FileNotFoundError:
+            yield None
+            return
+        with wal:
+            yield wal
+
+    def observe(self, position: WALPosition, wal: WALFile | None) -> Decision:
+        """Compare the WAL with the position of the last sync."""
+        header = wal.header() if wal else None
+        last: FrameHeader | None = None
+        if wal is not None and header is not None and position.offset > frame_size(self.page_size):
+            last = wal.frame_header(position.offset - frame_size(self.page_size))
+        proven = self._attached and self._restart_allowed
+        return decide(position, header, last, page_size=self.page_size, restart_proven=proven)
+
+    def changes(self, position: WALPosition, wal: WALFile, *, limit: int | None = None) -> Changes | None:
+        """Read what was committed after `position`, which `observe` found to lie in the current WAL."""
+        header = wal.header()
+        if header is None or (header.salt1, header.salt2) != position.salts:
+            return None
+        found = wal.changes(position, page_size=self.page_size, big_endian=header.big_endian, limit=limit)
+        if found is not None:
+            self._progress(found)
+        return found
+
+    def image(self) -> Image:
+        """Return the state at the end of the WAL. Valid while the pin is held and until the next checkpoint of ours.
+
+        Raises:
+            DatabaseStateError: the WAL was restarted again and again meanwhile, which a held pin forbids.
+        """
+        for _ in range(4):
+            with self.wal() as wal:
+                header = wal.header() if wal else None
+                if wal is None or header is None:
+                    commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
+                    if self._header() == header:
+                        return Image(NO_WAL, self.page_size, commit, {})
+                    continue
+                start = start_of(header)
+                found = wal.changes(start, page_size=self.page_size, big_endian=header.big_endian, keep=False)
+                if found is None:
+                    commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
+                    image = Image(start, self.page_size, commit, {})
+                else:
+                    overlay = dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True))
+                    image = Image(found.end, self.page_size, found.commit, overlay)
+                if self._header() == header:
+                    return image
+        raise DatabaseStateError(f"the WAL of {self.path} keeps changing under a held read transaction; are SQLite's locks intact?")
+
+    def overlay(self, position: WALPosition) -> dict[int, int]:
+        """Return the byte offsets of the newest images in the current WAL up to `position`."""
+        if not position.has_wal:
+            return {}
+        with self.wal() as wal:
+            header = wal.header() if wal else None
+            if wal is None or header is None or (header.salt1, header.salt2) != position.salts:
+                return {}  # restarted: all of it is in the file
+            found = wal.changes(
+                start_of(header), page_size=self.page_size, big_endian=header.big_endian, stop_at=position.offset, keep=False
+            )
+            return dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True)) if found else {}
+
+    def pages(self, first: int, count: int, overlay: dict[int, int], salts: tuple[int, int]) -> bytearray:
+        """Return `count` pages from `first` on, of the state that `overlay` belongs to; the lock page reads as zeros.
+
+        A WAL that was restarted meanwhile had been copied completely, so that the file has what the overlay had.
+        """
+        size = self.page_size
+        data = bytearray(os.pread(self._file, count * size, (first - 1) * size))
+        data.extend(bytes(count * size - len(data)))
+        inside = [pgno for pgno in range(first, first + count) if pgno in overlay] if overlay else []
+        if inside:
+            images: list[tuple[int, bytes]] = []
+            with self.wal() as wal, contextlib.suppress(FormatError):
+                if wal is not None:
+                    images = [(pgno, wal.page(overlay[pgno], size)) for pgno in inside]
+                    header = wal.header()
+                    if header is None or (header.salt1, header.salt2) != salts:
+                        images = []
+            if not images:
+                return self.pages(first, count, {}, salts)
+            for pgno, image in images:
+                at = (pgno - first) * size
+                data[at : at + size] = image
+        lock = lock_pgno(size)
+        if first <= lock < first + count:
+            at = (lock - first) * size
+            data[at : at + size] = bytes(size)
+        return data
+
+    def chunks(self, image: Image) -> Iterator[tuple[int, bytearray]]:
+        """Yield (first page number, bytes) of all pages of an image, in order, about a mebibyte at a time."""
+        step = max(1, IMAGE_CHUNK_BYTES // self.page_size)
+        for first in range(1, image.commit + 1, step):
+            yield first, self.pages(first, min(step, image.commit - first + 1), image.overlay, image.position.salts)
+
+    def salts_are(self, salts: tuple[int, int]) -> bool:
+        """True while the WAL has these salts, so that nothing that was read from it before can have been overwritten."""
+        header = self._header()
+        return header is not None and (header.salt1, header.salt2) == salts
+
+    def _header(self) -> WALHeader | None:
+        with self.wal() as wal:
+            return wal.header() if wal else None
+
+    # -- checkpoint --------------------------------------------------------------------------------------------------------------
+
+    def settle(self, position: WALPosition, before_move: Callable[[Changes], None]) -> Checkpoint:
+        """Move a pin that may sit in slot 0 to a slot > 0, so that others may copy again. Does nothing when that is not needed."""
+        if not self._slot0 or self._restart_allowed:
+            return Checkpoint(False, False, False, None, position, 0.0)
+        return self._under_lock(position, before_move, move_only=True)
+
+    def checkpoint(self, position: WALPosition, before_move: Callable[[Changes], None], *, copy_first: bool) -> Checkpoint:
+        """Copy the whole WAL into the database file, so that the next writer restarts it. See the module's docstring.
+
+        Args:
+            position: everything up to here is synced.
+            before_move: called with what was read under the lock, before anybody may copy it.
+            copy_first: when many frames are to be copied, copy them while writers go on, and leave the rest to the next call. Not when
+                others checkpoint as well: they collide.
+        """
+        frames = (position.offset - max(self._pin_offset, WAL_HEADER_SIZE)) // frame_size(self.page_size)
+        if not (copy_first and frames > COPY_PASS_FRAMES):
+            return self._under_lock(position, before_move, move_only=False)
+        result = self._under_lock(position, before_move, move_only=True)
+        if not result.moved:
+            return result
+        busy, _, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return replace(result, contended=busy != 0)
+
+    def _under_lock(self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool) -> Checkpoint:
+        if not self._lock_writers():
+            return Checkpoint(False, False, True, None, position, 0.0)
+        locked = time.monotonic()
+        try:
+            with self.wal() as wal:
+                decision = self.observe(position, wal)
+                if wal is None or not isinstance(decision, Continue):
+                    return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
+                tail = self.changes(decision.position, wal)
+            if tail is not None and tail.data is None:  # too much to hold back writers for: the ordinary sync takes it
+                return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
+            position = tail.end if tail is not None else decision.position
+            if tail is not None:
+                before_move(tail)
+            if move_only:
+                # Past its beginning the pin is certain to get a slot > 0: nobody can have copied further than the old pin.
+                moved = position.offset > max(self._pin_offset, WAL_HEADER_SIZE)
+                if moved:
+                    self._move_pin(position)
+                return Checkpoint(False, moved, False, tail, position, time.monotonic() - locked)
+            self._unpin()
+            try:
+                busy, total, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            finally:
+                self.pin()
+                self.attached(position)
+            frames = (position.offset - WAL_HEADER_SIZE) // frame_size(self.page_size)
+            return Checkpoint(busy == 0 and total == copied == frames, True, busy != 0, tail, position, time.monotonic() - locked)
+        finally:
+            self._writer.execute("ROLLBACK")
+
+
+def _begin_read(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN")
+    connection.execute("PRAGMA user_version").fetchone()

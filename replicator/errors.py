@@ -1,0 +1,325 @@
+"""Every error that `replicator` raises on purpose.
+
+    ReplicatorError
+      FormatError            bytes do not follow the format
+        Truncated            the input ended before the structure did
+        ChecksumMismatch     (expected, got, offset)
+      DatabaseStateError     the live database is not in a state that can be replicated
+        DatabaseNotFound     (path)
+        NotADatabase         (path)
+        NotWALMode           (path, mode)
+        DatabaseLocked       (path)
+        EngineRunning        (path) a second engine holds the metadata directory
+        ContinuityLost       (reason)
+      StorageError           a backend said no
+        ObjectNotFound       (name)
+        AccessDenied         (name)
+        PreconditionFailed   (name) a conditional write lost
+        StorageUnavailable   try again later; the outcome of a write is unknown
+      RestoreError           there is no way to the asked state
+        NoBackups            (url) nothing is stored there
+        TXIDNotAvailable     (txid, available)
+        TimestampNotAvailable (timestamp, oldest, newest)
+        NonContiguous        (have, next) a gap in the chain
+        CorruptReplica       (name, reason) a stored file fails its checks
+        OutputExists         (path)
+        IntegrityCheckFailed (path, message)
+      ReplicaStateError      the replica does not belong to this database
+        LineageMismatch      (url, expected, got)
+        ReplicaEmptied       (url, txid)
+      LeaseError             this process is not the writer
+        Fenced               (txid) another writer appended at our TXID
+      ConfigError            a bad setting: URL, option, path
+      WaitTimeout            (txid, pending) not stored in the time given; outcome unknown
+
+Facts are attributes, the message is built from them, and `hint` (when there is one) says what to do next. Decoders raise
+`FormatError` or nothing. The command turns these into one line and an exit code; everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+__all__ = [
+    "AccessDenied",
+    "ChecksumMismatch",
+    "ConfigError",
+    "ContinuityLost",
+    "CorruptReplica",
+    "DatabaseLocked",
+    "DatabaseNotFound",
+    "DatabaseStateError",
+    "EngineRunning",
+    "Fenced",
+    "FormatError",
+    "IntegrityCheckFailed",
+    "LeaseError",
+    "LineageMismatch",
+    "NoBackups",
+    "NonContiguous",
+    "NotADatabase",
+    "NotWALMode",
+    "ObjectNotFound",
+    "OutputExists",
+    "PreconditionFailed",
+    "ReplicaEmptied",
+    "ReplicaStateError",
+    "ReplicatorError",
+    "RestoreError",
+    "StorageError",
+    "StorageUnavailable",
+    "TXIDNotAvailable",
+    "TimestampNotAvailable",
+    "Truncated",
+    "WaitTimeout",
+]
+
+
+class ReplicatorError(Exception):
+    """Root of the tree. `hint` is the next step for a person, or an empty string."""
+
+    hint: str = ""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        if hint:
+            self.hint = hint
+
+
+class FormatError(ReplicatorError):
+    """Bytes that do not follow the format."""
+
+
+class Truncated(FormatError):
+    """The input ended before the structure did."""
+
+
+class ChecksumMismatch(FormatError):
+    """A stored checksum is not the one of the bytes."""
+
+    def __init__(self, what: str, *, expected: int, got: int, offset: int | None = None) -> None:
+        self.expected, self.got, self.offset = expected, got, offset
+        where = "" if offset is None else f" at offset {offset}"
+        super().__init__(f"{what} checksum mismatch{where}: stored {expected:016x}, computed {got:016x}")
+
+
+class DatabaseStateError(ReplicatorError):
+    """The live database is not in a state that can be replicated."""
+
+
+class DatabaseNotFound(DatabaseStateError):
+    """There is no file at the database's path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__(
+            f"database does not exist: {path}", hint="check the path; start the application first or restore a replica to it"
+        )
+
+
+class NotADatabase(DatabaseStateError):
+    """The file at the path is not a plain SQLite database."""
+
+    def __init__(self, path: str | Path, why: str = "the header is not SQLite's") -> None:
+        self.path = Path(path)
+        super().__init__(
+            f"not an SQLite database: {path} ({why})",
+            hint="encrypted databases (SQLCipher, SEE) cannot be replicated; check the path",
+        )
+
+
+class NotWALMode(DatabaseStateError):
+    """The database is not in WAL mode and cannot be switched now."""
+
+    def __init__(self, path: str | Path, mode: str) -> None:
+        self.path, self.mode = Path(path), mode
+        super().__init__(
+            f"database is in journal mode {mode} and cannot be switched to WAL: {path}",
+            hint="close other connections and run PRAGMA journal_mode=WAL once",
+        )
+
+
+class DatabaseLocked(DatabaseStateError):
+    """Nothing can be read, because somebody keeps an exclusive lock."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__(
+            f"database is locked: {path}",
+            hint="an application that uses locking_mode=EXCLUSIVE cannot be replicated; set locking_mode=NORMAL",
+        )
+
+
+class EngineRunning(DatabaseStateError):
+    """Another engine works on this database on this machine."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__(
+            f"another replicator already runs for this database: {path}", hint="stop the other process, or wait until it ends"
+        )
+
+
+class ContinuityLost(DatabaseStateError):
+    """The WAL does not continue where the last sync ended."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"continuity lost: {reason}")
+
+
+class StorageError(ReplicatorError):
+    """A backend refused, for a reason that another try does not mend."""
+
+
+class ObjectNotFound(StorageError):
+    """There is no object of that name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"object not found: {name}")
+
+
+class AccessDenied(StorageError):
+    """The credentials are wrong, missing, or do not allow the operation."""
+
+    def __init__(self, name: str, why: str = "access denied", *, hint: str = "check the credentials and the bucket's policy") -> None:
+        self.name = name
+        super().__init__(f"{why}: {name}", hint=hint)
+
+
+class PreconditionFailed(StorageError):
+    """A conditional write lost: the object exists, or it is not the expected one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"precondition failed: {name}")
+
+
+class StorageUnavailable(StorageError):
+    """The backend did not answer, or asked to try later. The outcome of a write is unknown."""
+
+
+class RestoreError(ReplicatorError):
+    """There is no way to the asked state."""
+
+
+class NoBackups(RestoreError):
+    """Nothing that can be restored is stored at the URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(f"no matching backup files available: {url}", hint="check the URL; `pyrepl ltx URL` lists what is stored")
+
+
+class TXIDNotAvailable(RestoreError):
+    """The asked TXID is not the boundary of a file that is stored."""
+
+    def __init__(self, txid: int, *, available: str = "") -> None:
+        self.txid = txid
+        more = f"; stored: {available}" if available else ""
+        super().__init__(
+            f"no matching backup files available for TXID {txid:016x}{more}", hint="`pyrepl ltx -level all URL` lists the TXIDs"
+        )
+
+
+class TimestampNotAvailable(RestoreError):
+    """The asked time lies outside the stored range."""
+
+    def __init__(self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None) -> None:
+        self.timestamp, self.oldest, self.newest = timestamp, oldest, newest
+        held = f"stored: {oldest.isoformat()} to {newest.isoformat()}" if oldest and newest else "nothing is stored"
+        super().__init__(f"timestamp does not exist: {timestamp.isoformat()}; {held}", hint="choose a time inside the stored range")
+
+
+class NonContiguous(RestoreError):
+    """The chain of files has a gap."""
+
+    def __init__(self, have: int, next_txid: int) -> None:
+        self.have, self.next_txid = have, next_txid
+        super().__init__(
+            f"non-contiguous ltx files: have up to {have:016x} but next file starts at {next_txid:016x}",
+            hint=f"-txid {have:016x} restores the state before the gap",
+        )
+
+
+class CorruptReplica(RestoreError):
+    """A stored file fails its checks."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"corrupt file {name}: {reason}", hint="restore an earlier moment with -txid or -timestamp, or another replica")
+
+
+class OutputExists(RestoreError):
+    """Something stands at the output path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__(
+            f"cannot restore, output path already exists and is not empty: {path}. Use -force to overwrite",
+            hint="choose another output, or -force",
+        )
+
+
+class IntegrityCheckFailed(RestoreError):
+    """The restored database fails SQLite's own check."""
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        self.path, self.message = Path(path), message
+        super().__init__(
+            f"integrity check failed: {path}: {message}", hint="restore an earlier moment with -txid or -timestamp, or another replica"
+        )
+
+
+class ReplicaStateError(ReplicatorError):
+    """The replica does not belong to this database; continuing would mix two histories."""
+
+
+class LineageMismatch(ReplicaStateError):
+    """The replica carries another lineage than the local page table."""
+
+    def __init__(self, url: str, *, expected: str, got: str) -> None:
+        self.url, self.expected, self.got = url, expected, got
+        super().__init__(
+            f"replica belongs to another database: {url} (lineage {got}, expected {expected})", hint="replicate to a new, empty path"
+        )
+
+
+class ReplicaEmptied(ReplicaStateError):
+    """The replica lost files that it had stored."""
+
+    def __init__(self, url: str, *, expected: int, got: int) -> None:
+        self.url, self.expected, self.got = url, expected, got
+        super().__init__(
+            f"replica lost files: {url} (had TXID {expected:016x}, now {got:016x})",
+            hint="check the path and its lifecycle rules; a new path or -force-snapshot starts afresh",
+        )
+
+
+class LeaseError(ReplicatorError):
+    """This process is not, or is no longer, the writer."""
+
+
+class Fenced(LeaseError):
+    """Another writer appended at the TXID that this process was about to write."""
+
+    def __init__(self, url: str, txid: int) -> None:
+        self.url, self.txid = url, txid
+        super().__init__(
+            f"another writer owns the replica: {url} (TXID {txid:016x} holds other bytes)",
+            hint="only one process may write a replica; stop one of them, then restart",
+        )
+
+
+class ConfigError(ReplicatorError):
+    """A bad setting: a URL, an option or a path."""
+
+
+class WaitTimeout(ReplicatorError):
+    """The transaction was not stored on every asked replica in the time given; it may be stored later."""
+
+    def __init__(self, timeout_s: float, pending: str) -> None:
+        self.timeout_s, self.pending = timeout_s, pending
+        super().__init__(f"not stored within {timeout_s:g} s: {pending}", hint="see status() for the replica's last error")

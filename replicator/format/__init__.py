@@ -1,0 +1,1 @@
+"""Codecs: bytes in, frozen values out, and back. No files, clock, threads or logging."""

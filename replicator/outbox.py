@@ -1,0 +1,225 @@
+"""LTX files that are encoded but not yet on every replica, and the encoding itself.
+
+A file is kept in memory while it is small, and in the staging folder (`<meta>/pyrepl/staged/`) when it is large or must survive this
+process. A staged file is complete and synced under its final name; `*.tmp` is swept at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from replicator.format.checksum import page_checksum
+from replicator.format.ltx import TXID, Encoder, Header, format_name, parse_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from replicator.tail import WALPosition
+
+__all__ = ["EncodedPages", "Entry", "OutFile", "Staging", "encode"]
+
+SPOOL_BYTES = 8 << 20
+DISK_RESERVE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """One file to store. `body` is the whole file, or the path of a staged one."""
+
+    level: int
+    min_txid: TXID
+    max_txid: TXID
+    timestamp_ms: int
+    body: bytes | Path
+
+    @property
+    def size(self) -> int:
+        return len(self.body) if isinstance(self.body, bytes) else self.body.stat().st_size
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPages:
+    """What the page table learns from an encoded file: its page numbers and their checksums."""
+
+    pgnos: NDArray[np.uint32]
+    checksums: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The next TXID: its files in the order in which they must be stored, and the state after it."""
+
+    txid: TXID
+    files: tuple[OutFile, ...]
+    encoded: EncodedPages
+    page_size: int
+    commit: int
+    timestamp_ms: int
+    position: WALPosition
+
+    @property
+    def is_staged(self) -> bool:
+        """True when all of it survives this process."""
+        return all(isinstance(file.body, Path) for file in self.files)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(len(file.body) for file in self.files if isinstance(file.body, bytes))
+
+
+class Staging:
+    """The folder of staged files."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):
+            left.unlink(missing_ok=True)
+
+    def create(self, name: str) -> tuple[int, Path]:
+        """Open a new temporary file for writing; `finish` or `discard` it."""
+        path = self.folder / f"{name}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o600), path
+
+    def finish(self, file: int, path: Path) -> Path:
+        """Make the file durable under its final name."""
+        os.fsync(file)
+        os.close(file)
+        final = path.with_suffix("")
+        os.replace(path, final)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return final
+
+    def discard(self, file: int, path: Path) -> None:
+        os.close(file)
+        path.unlink(missing_ok=True)
+
+    def stage(self, entry: Entry) -> Entry:
+        """Write the files of an entry that are in memory, so that it survives this process."""
+        files = []
+        for out in entry.files:
+            body = out.body
+            if isinstance(body, bytes):
+                file, path = self.create(_staged_name(out.level, out.min_txid, out.max_txid))
+                try:
+                    _write_all(file, body)
+                except BaseException:
+                    self.discard(file, path)
+                    raise
+                body = self.finish(file, path)
+            files.append(OutFile(out.level, out.min_txid, out.max_txid, out.timestamp_ms, body))
+        return Entry(entry.txid, tuple(files), entry.encoded, entry.page_size, entry.commit, entry.timestamp_ms, entry.position)
+
+    def is_full(self) -> bool:
+        """True when the bound of the folder is reached, or the disk is nearly full."""
+        used = 0
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                used += path.stat().st_size
+        return used >= self.limit_bytes or shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES
+
+    def files(self) -> list[tuple[int, TXID, TXID, Path]]:
+        """Return (level, min TXID, max TXID, path) of the staged files, snapshots before raw files, in order of TXID."""
+        found = []
+        for path in self.folder.iterdir():
+            level, _, name = path.name.partition("-")
+            txids = parse_name(name)
+            if txids is not None and level.isdigit():
+                found.append((int(level), *txids, path))
+        return sorted(found, key=lambda item: (item[2], -item[0]))
+
+    def remove(self, entry: Entry) -> None:
+        """Forget the staged files of an entry that every replica holds."""
+        for file in entry.files:
+            if isinstance(file.body, Path):
+                file.body.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all staged files."""
+        for _, _, _, path in self.files():
+            path.unlink(missing_ok=True)
+
+
+class _Spool:
+    """Bytes in memory that move to a staged file when they become many."""
+
+    def __init__(self, staging: Staging, name: str) -> None:
+        self._staging, self._name = staging, name
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._file = -1
+        self._path = Path()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._file >= 0:
+            _write_all(self._file, data)
+            return
+        self._parts.append(bytes(data))
+        self._size += len(data)
+        if self._size > SPOOL_BYTES:
+            self._file, self._path = self._staging.create(self._name)
+            for part in self._parts:
+                _write_all(self._file, part)
+            self._parts = []
+
+    def finish(self) -> bytes | Path:
+        if self._file < 0:
+            return b"".join(self._parts)
+        file, self._file = self._file, -1
+        return self._staging.finish(file, self._path)
+
+    def discard(self) -> None:
+        if self._file >= 0:
+            self._staging.discard(self._file, self._path)
+            self._file = -1
+
+
+def encode(staging: Staging, level: int, header: Header, pages: Iterable[tuple[int, bytes | memoryview]]) -> tuple[OutFile, EncodedPages]:
+    """Encode one LTX file from pages in ascending order.
+
+    Raises:
+        FormatError: the pages break a rule of the format.
+        OSError: the staging folder cannot take it; nothing is left there.
+    """
+    import numpy as np
+
+    spool = _Spool(staging, _staged_name(level, header.min_txid, header.max_txid))
+    pgnos, sums = array("I"), array("Q")
+    try:
+        encoder = Encoder(spool.write, header)
+        add_page, add_pgno, add_sum = encoder.page, pgnos.append, sums.append
+        for pgno, data in pages:
+            add_page(pgno, data)
+            add_pgno(pgno)
+            add_sum(page_checksum(pgno, data))
+        encoder.close()
+        body = spool.finish()
+    except BaseException:
+        spool.discard()
+        raise
+    encoded = EncodedPages(np.frombuffer(pgnos, dtype=np.uint32), np.frombuffer(sums, dtype=np.uint64))
+    return OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, body), encoded
+
+
+def _staged_name(level: int, min_txid: TXID, max_txid: TXID) -> str:
+    return f"{level}-{format_name(min_txid, max_txid)}"
+
+
+def _write_all(file: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

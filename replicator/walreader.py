@@ -1,0 +1,171 @@
+"""Read committed frames from the `-wal` file. The file carries no locks, so it is opened and closed freely.
+
+Nothing here decides anything: `tail.py` says where to start, `db.py` holds the locks that keep the frames where they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from replicator.errors import FormatError
+from replicator.format.wal import (
+    FRAME_HEADER_SIZE,
+    WAL_HEADER_SIZE,
+    FrameHeader,
+    WALHeader,
+    decode_frame_header,
+    decode_wal_header,
+    frame_size,
+    newest_frames,
+    scan_frames,
+)
+from replicator.tail import WALPosition
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Changes", "WALFile"]
+
+FIRST_READ = 1 << 16
+NEXT_READ = 4 << 20
+KEEP_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The committed frames of one stretch of the WAL, as the newest image of each page.
+
+    Attributes:
+        start, end: positions before the first and after the last frame, which is a commit frame.
+        commit: database size in pages after it.
+        frames: number of frames, duplicates included.
+        pgnos: distinct page numbers in ascending order, none beyond `commit`.
+        offsets: byte offset of each page's image in the WAL.
+        more: valid frames may follow; reading stopped because of the limit.
+        data: the bytes from `start.offset` on, when they are few; None otherwise.
+    """
+
+    start: WALPosition
+    end: WALPosition
+    page_size: int
+    commit: int
+    frames: int
+    pgnos: NDArray[np.uint32]
+    offsets: NDArray[np.int64]
+    more: bool
+    data: bytes | None
+
+    def pages(self, wal: WALFile) -> Iterator[tuple[int, bytes]]:
+        """Yield (pgno, image) in ascending order."""
+        if self.data is not None:
+            yield from self.kept_pages()
+            return
+        for pgno, offset in zip(self.pgnos.tolist(), self.offsets.tolist(), strict=True):
+            yield pgno, wal.page(offset, self.page_size)
+
+    def kept_pages(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the same from `data`, without the WAL."""
+        assert self.data is not None
+        size, base, data = self.page_size, self.start.offset, self.data
+        for pgno, offset in zip(self.pgnos.tolist(), self.offsets.tolist(), strict=True):
+            at = offset - base
+            yield pgno, data[at : at + size]
+
+
+class WALFile:
+    """The `-wal` file of one database, opened for reading. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises `FileNotFoundError`."""
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> WALFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def header(self) -> WALHeader | None:
+        """Return the header; None when it is missing, short or torn."""
+        try:
+            return decode_wal_header(os.pread(self._file, WAL_HEADER_SIZE, 0))
+        except FormatError:
+            return None
+
+    def frame_header(self, offset: int) -> FrameHeader | None:
+        """Return the header of the frame that starts at a byte offset; None when it is not all there."""
+        data = os.pread(self._file, FRAME_HEADER_SIZE, offset)
+        return decode_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
+
+    def page(self, offset: int, size: int) -> bytes:
+        """Return the `size` bytes of the page image at a byte offset.
+
+        Raises:
+            FormatError: the file is shorter: somebody truncated it.
+        """
+        data = os.pread(self._file, size, offset)
+        if len(data) != size:
+            raise FormatError(f"the WAL ends inside the page at offset {offset}")
+        return data
+
+    def changes(
+        self, position: WALPosition, *, page_size: int, big_endian: bool, limit: int | None = None, stop_at: int | None = None, keep: bool = True
+    ) -> Changes | None:
+        """Read committed frames from `position`; None when there are none.
+
+        Args:
+            limit: stop at the first commit frame at or after so many bytes; a larger transaction is taken whole.
+            stop_at: do not look at frames from this offset on.
+            keep: keep the bytes, when they are few.
+        """
+        import numpy as np
+
+        size = frame_size(page_size)
+        parts: list[tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]] = []
+        kept: list[bytes] | None = [] if keep else None
+        kept_bytes = 0
+        checksum, offset, frames, committed = position.checksum, position.offset, 0, 0
+        want = max(FIRST_READ // size, 1) * size
+        more = False
+        while True:
+            if stop_at is not None:
+                want = min(want, stop_at - offset)
+            data = os.pread(self._file, want, offset) if want > 0 else b""
+            found = scan_frames(data, page_size=page_size, salts=position.salts, checksum=checksum, big_endian=big_endian)
+            if not len(found):
+                break
+            parts.append((found.pgnos, found.commits, found.checksums))
+            if kept is not None:
+                kept_bytes += len(found) * size
+                if kept_bytes > KEEP_BYTES:
+                    kept = None
+                else:
+                    kept.append(data)
+            last = found.committed()
+            if last:
+                committed = frames + last
+            frames += len(found)
+            offset += len(found) * size
+            checksum = (int(found.checksums[-1][0]), int(found.checksums[-1][1]))
+            if len(found) * size < len(data) or len(data) < want:
+                break
+            if limit is not None and committed * size >= limit:
+                more = True
+                break
+            want = max(NEXT_READ // size, 1) * size
+        if not committed:
+            return None
+        pgnos, commits, checksums = (np.concatenate([part[i] for part in parts])[:committed] for i in range(3))
+        commit = int(commits[-1])
+        distinct, index = newest_frames(pgnos, commit)
+        end = WALPosition(position.salts, position.offset + committed * size, (int(checksums[-1][0]), int(checksums[-1][1])))
+        offsets = index.astype(np.int64) * size + (position.offset + FRAME_HEADER_SIZE)
+        raw = None
+        if kept is not None:
+            raw = kept[0] if len(kept) == 1 else b"".join(kept)
+        return Changes(position, end, page_size, commit, committed, distinct, offsets, more, raw)
