@@ -30,7 +30,7 @@
       LeaseError             this process is not the writer
         Fenced               (txid) another writer appended at our TXID
       ConfigError            a bad setting: URL, option, path
-      WaitTimeout            (txid, pending) not stored in the time given; outcome unknown
+      WaitTimeout            (pending) not stored in the time given; outcome unknown
 
 Facts are attributes, the message is built from them, and `hint` (when there is one) says what to do next. Decoders raise
 `FormatError` or nothing. The command turns these into one line and an exit code; everything else is a bug and keeps its traceback.
@@ -320,6 +320,6 @@ class ConfigError(ReplicatorError):
 class WaitTimeout(ReplicatorError):
     """The transaction was not stored on every asked replica in the time given; it may be stored later."""
 
-    def __init__(self, timeout_s: float, pending: str) -> None:
-        self.timeout_s, self.pending = timeout_s, pending
-        super().__init__(f"not stored within {timeout_s:g} s: {pending}", hint="see status() for the replica's last error")
+    def __init__(self, pending: str) -> None:
+        self.pending = pending
+        super().__init__(f"not stored in the time given: {pending}", hint="see status() for the replica's last error")

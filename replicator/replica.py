@@ -143,6 +143,13 @@ class Replica:
         self.txid = txid
         self.last_stored_at = datetime.now(UTC)
 
+    def store_snapshot(self, file: OutFile) -> None:
+        """Store a full image beside the chain. Storing it again does nothing."""
+        try:
+            self._store(file)
+        except Fenced:
+            return  # a full image of this TXID is there already; its bytes differ by its time only
+
     def _store(self, file: OutFile) -> None:
         metadata = _Metadata(self._lineage, self.writer).as_dict()
         if not self.conditional and self._holds(file):

@@ -1,0 +1,46 @@
+"""Replicate live SQLite databases to a directory or to S3, in Litestream's format, and restore them.
+
+    from replicator import Replicator, restore
+
+    with Replicator("app.db", "s3://bucket/app") as replicator:
+        ...
+        replicator.wait()
+
+    restore("s3://bucket/app", "copy.db")
+
+What is imported is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from replicator.api import ReplicaStatus, Replicator, Status, restore
+    from replicator.errors import ReplicatorError
+    from replicator.format.ltx import TXID
+    from replicator.restore import RestoreResult
+
+__all__ = ["TXID", "ReplicaStatus", "Replicator", "ReplicatorError", "RestoreResult", "Status", "__version__", "restore"]
+
+_HOMES = {
+    "TXID": "replicator.format.ltx",
+    "ReplicaStatus": "replicator.api",
+    "Replicator": "replicator.api",
+    "ReplicatorError": "replicator.errors",
+    "RestoreResult": "replicator.restore",
+    "Status": "replicator.api",
+    "restore": "replicator.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # The module `replicator.restore` would shadow the function of that name: bind what was asked for.
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,274 @@
+"""Read a chain of stored files so that each page is handed out once, from the newest file that holds it.
+
+1. Header and page index of each file are fetched by ranged reads (small files as a whole) and say which file owns which page.
+2. Then every file is read to its end, several at once, and everything the decoder can check is checked: files are NoChecksum and
+   their blocks carry no checksum, so a flipped literal shows only in the file's checksum. Pages owned by a later file are hashed, not written.
+3. An index is not trusted before that: at the end each page must have been handed out, and only by its owner.
+
+Memory: one small number for each page, and what is in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from replicator.errors import CorruptReplica, FormatError, StorageUnavailable
+from replicator.format.ltx import LTX_HEADER_SIZE, SNAPSHOT_LEVEL, Decoder, FileInfo, Header, decode_header, decode_index, index_range
+from replicator.format.sqlite import lock_pgno
+from replicator.storage.base import ReplicaClient
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Progress", "list_files", "read_chain", "read_file"]
+
+SMALL_FILE_BYTES = 256 << 10
+KEPT_BYTES = 32 << 20
+READ_BYTES = 1 << 20
+RUN_BYTES = 1 << 20
+RETRY_DELAYS_S = (0.25, 0.5, 1.0)
+PROGRESS_EVERY_S = 0.05
+
+log = logging.getLogger(__name__)
+
+Write = Callable[[int, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a restore is; bytes are those of the stored files."""
+
+    files_done: int
+    files_total: int
+    bytes_done: int
+    bytes_total: int
+
+
+def list_files(client: ReplicaClient, *, accurate_times: bool = False) -> dict[int, list[FileInfo]]:
+    """Return what is stored on all levels, each in ascending order."""
+    levels = range(SNAPSHOT_LEVEL + 1)
+
+    def one(level: int) -> list[FileInfo]:
+        return list(client.list(level, accurate_times=accurate_times))
+
+    if client.kind in ("file", "memory"):
+        return {level: one(level) for level in levels}
+    with ThreadPoolExecutor(len(levels)) as pool:
+        return dict(zip(levels, pool.map(one, levels), strict=True))
+
+
+def read_file(client: ReplicaClient, info: FileInfo, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[bytes]:
+    """Yield a file's bytes, resuming at the offset after a dropped connection: three times for each file.
+
+    Raises:
+        ObjectNotFound, StorageError: at once.
+        StorageUnavailable: after the last try.
+    """
+    at, tries = 0, 0
+    while at < info.size:
+        try:
+            with client.open(info, offset=at) as stream:
+                while data := stream.read(READ_BYTES):
+                    at += len(data)
+                    yield data
+                if at < info.size:
+                    raise StorageUnavailable(f"{info.name}: the stream ended at {at} of {info.size} bytes")
+        except StorageUnavailable:
+            if tries == len(RETRY_DELAYS_S):
+                raise
+            sleep(RETRY_DELAYS_S[tries])
+            tries += 1
+
+
+def read_chain(
+    client: ReplicaClient,
+    files: Sequence[FileInfo],
+    write: Write,
+    *,
+    parallelism: int = 8,
+    progress: Callable[[Progress], None] | None = None,
+) -> Header:
+    """Hand out each page of the state that `files` lead to, and return the newest file's header.
+
+    Args:
+        files: a plan: the first begins at TXID 1.
+        write: called as `write(first_pgno, pages)` with runs of consecutive pages, each page up to the final size exactly once (the
+            lock page never), from several threads.
+        parallelism: files that are read at once.
+
+    Raises:
+        CorruptReplica: a file fails a check; it is named.
+        ObjectNotFound: a file is gone: list and plan again.
+        StorageError: see there.
+    """
+    with ThreadPoolExecutor(max(1, parallelism)) as pool:
+        job = _Job(client, files, write, progress)
+        for index, (header, kept) in enumerate(pool.map(job.look, range(len(files)))):
+            job.add(index, header, kept)
+        job.check_owners()
+        tasks = [pool.submit(job.read, index) for index in range(len(files))]
+        done, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
+        if waiting:
+            job.stop.set()
+            for task in waiting:
+                task.cancel()
+            wait(waiting)
+        for task in done:
+            task.result()
+    job.check_written()
+    return job.headers[-1]
+
+
+class _Job:
+    def __init__(self, client: ReplicaClient, files: Sequence[FileInfo], write: Write, progress: Callable[[Progress], None] | None) -> None:
+        self.client, self.files, self.write, self.progress = client, files, write, progress
+        self.stop = threading.Event()
+        self.headers: list[Header] = []
+        self.kept: dict[int, bytes] = {}
+        self.indexes: list[NDArray[np.int64]] = []
+        self.owners: NDArray[np.uint32] | None = None
+        self.written = [0] * len(files)
+        self.owned = [0] * len(files)
+        self._guard = threading.Lock()
+        self._done_files = self._done_bytes = self._kept_bytes = 0
+        self._total = sum(info.size for info in files)
+        self._told = 0.0
+
+    def name(self, index: int) -> str:
+        info = self.files[index]
+        return f"{self.client.url} level {info.level} {info.name}"
+
+    def look(self, index: int) -> tuple[Header, bytes]:
+        """Fetch header and page index of a file; returns its bytes, when it is small."""
+        info = self.files[index]
+        if info.size < LTX_HEADER_SIZE:
+            raise CorruptReplica(self.name(index), f"invalid ltx file: {info.size} bytes, minimum {LTX_HEADER_SIZE}")
+        small = info.size <= SMALL_FILE_BYTES
+        if small:
+            data = b"".join(read_file(self.client, info))
+            start, tail = data[:LTX_HEADER_SIZE], data[-24:]
+        else:
+            data = b""
+            start, tail = self._range(info, 0, LTX_HEADER_SIZE), self._range(info, info.size - 24, 24)
+        try:
+            header = decode_header(start)
+            header.validate()
+            if (header.min_txid, header.max_txid) != (info.min_txid, info.max_txid):
+                raise FormatError("the header's TXIDs are not those of the name")
+            offset, size = index_range(info.size, tail)
+            raw = data[offset : offset + size] if small else self._range(info, offset, size)
+            pgnos = decode_index(raw).pgnos
+        except FormatError as error:
+            raise CorruptReplica(self.name(index), str(error)) from error
+        with self._guard:
+            while len(self.indexes) <= index:
+                import numpy as np
+
+                self.indexes.append(np.zeros(0, dtype=np.int64))
+            self.indexes[index] = pgnos
+            keep = small and self._kept_bytes + len(data) <= KEPT_BYTES
+            self._kept_bytes += len(data) if keep else 0
+        return header, data if keep else b""
+
+    def _range(self, info: FileInfo, offset: int, size: int) -> bytes:
+        with self.client.open(info, offset=offset, size=size) as stream:
+            parts = []
+            while size > 0 and (data := stream.read(size)):
+                parts.append(data)
+                size -= len(data)
+            return b"".join(parts)
+
+    def add(self, index: int, header: Header, kept: bytes) -> None:
+        if self.headers and header.page_size != self.headers[0].page_size:
+            raise CorruptReplica(self.name(index), f"mismatched page sizes: {self.headers[0].page_size} and {header.page_size}")
+        self.headers.append(header)
+        if kept:
+            self.kept[index] = kept
+
+    def check_owners(self) -> None:
+        """Decide which file each page comes from."""
+        import numpy as np
+
+        if not self.headers[0].is_snapshot:
+            raise CorruptReplica(self.name(0), "the chain does not begin with a full image")
+        commit = self.headers[-1].commit
+        largest = max((int(pgnos[-1]) for pgnos in self.indexes if len(pgnos)), default=0)
+        if commit > largest + 1:
+            raise CorruptReplica(self.name(len(self.files) - 1), f"page {commit} of the database is in no file")
+        owners = np.zeros(commit + 1, dtype=np.uint32)
+        for number, pgnos in enumerate(self.indexes, start=1):
+            owners[pgnos[pgnos <= commit]] = number
+        owners[0] = 1
+        lock = lock_pgno(self.headers[-1].page_size)
+        if lock <= commit:
+            owners[lock] = 1
+        missing = (owners == 0).nonzero()[0]
+        if len(missing):
+            raise CorruptReplica(self.name(len(self.files) - 1), f"page {int(missing[0])} of the database is in no file")
+        owners[0] = 0
+        if lock <= commit:
+            owners[lock] = 0
+        self.owners = owners
+        counts = np.bincount(owners, minlength=len(self.files) + 1)
+        self.owned = counts[1:].tolist()
+        self.indexes = []
+
+    def read(self, index: int) -> None:
+        """Read one file to its end and hand out what it owns."""
+        assert self.owners is not None
+        decoder = Decoder()
+        owners, mine, limit = self.owners, index + 1, len(self.owners) - 1
+        run: list[bytes] = []
+        first = following = 0
+        most = max(1, RUN_BYTES // self.headers[0].page_size)
+        info = self.files[index]
+        kept = self.kept.pop(index, None)
+        try:
+            for data in [kept] if kept is not None else read_file(self.client, info):
+                if self.stop.is_set():
+                    return
+                pages = decoder.feed(data)
+                if pages:
+                    low = pages[0][0]
+                    wanted = (owners[low : pages[-1][0] + 1] == mine).tolist()
+                    for pgno, page, _ in pages:
+                        if pgno <= limit and wanted[pgno - low]:
+                            if pgno != following or len(run) >= most:
+                                self._hand_out(index, first, run)
+                                run, first = [], pgno
+                            run.append(page)
+                            following = pgno + 1
+                self._tell(0, len(data))
+            decoder.close()
+            self._hand_out(index, first, run)
+        except FormatError as error:
+            raise CorruptReplica(self.name(index), str(error)) from error
+        self._tell(1, 0)
+
+    def _hand_out(self, index: int, first: int, run: list[bytes]) -> None:
+        if run:
+            self.write(first, b"".join(run))
+            self.written[index] += len(run)
+
+    def check_written(self) -> None:
+        for index, (owned, written) in enumerate(zip(self.owned, self.written, strict=True)):
+            if owned != written:
+                raise CorruptReplica(self.name(index), f"its page index promises {owned} pages that are needed, it has {written}")
+
+    def _tell(self, files: int, size: int) -> None:
+        if self.progress is None:
+            return
+        with self._guard:
+            self._done_files += files
+            self._done_bytes += size
+            now = time.monotonic()
+            if now - self._told >= PROGRESS_EVERY_S or self._done_files == len(self.files):
+                self._told = now
+                self.progress(Progress(self._done_files, len(self.files), self._done_bytes, self._total))

@@ -1,0 +1,200 @@
+"""Carry out a restore plan into a new file, verify it, then publish it in one step.
+
+The temporary file lies beside the output, so that publishing is a rename. A database is three names: a `-wal` left over beside the
+output would be replayed into the restored file, so it is moved aside *before* the rename and deleted after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from replicator.chain import Progress, list_files, read_chain
+from replicator.errors import IntegrityCheckFailed, NoBackups, ObjectNotFound, OutputExists, TimestampNotAvailable, TXIDNotAvailable
+from replicator.format.ltx import TXID, FileInfo, Header
+from replicator.plan import plan_restore
+from replicator.storage.base import ReplicaClient
+
+__all__ = ["IntegrityCheck", "RestoreResult", "find_plan", "restore_database"]
+
+IntegrityCheck = Literal["none", "quick", "full"]
+SIDE_FILES = ("-wal", "-shm", "-journal")
+REPLANS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What was restored. Sizes in bytes, `commit` in pages, `timestamp` the time of the newest file."""
+
+    output: Path
+    txid: TXID
+    timestamp: datetime
+    page_size: int
+    commit: int
+    files: int
+    bytes_read: int
+    duration_s: float
+
+
+def find_plan(client: ReplicaClient, *, txid: TXID | None = None, timestamp: datetime | None = None) -> list[FileInfo]:
+    """List the replica and plan.
+
+    Raises:
+        NoBackups: nothing is stored.
+        TXIDNotAvailable, TimestampNotAvailable, NonContiguous: there is no way to the asked state.
+    """
+    files = list_files(client, accurate_times=timestamp is not None)
+    if not any(files.values()):
+        raise NoBackups(client.url)
+    if timestamp is not None:
+        times = [info.created_at for level in files.values() for info in level]
+        if not min(times) <= timestamp <= max(times):
+            raise TimestampNotAvailable(timestamp, oldest=min(times), newest=max(times))
+        try:
+            return plan_restore(files, timestamp=timestamp)
+        except TXIDNotAvailable:
+            raise TimestampNotAvailable(timestamp, oldest=min(times), newest=max(times)) from None
+    return plan_restore(files, txid=txid)
+
+
+def restore_database(
+    client: ReplicaClient,
+    output: Path,
+    *,
+    txid: TXID | None = None,
+    timestamp: datetime | None = None,
+    force: bool = False,
+    integrity_check: IntegrityCheck = "none",
+    parallelism: int = 8,
+    progress: Callable[[Progress], None] | None = None,
+) -> RestoreResult:
+    """Restore a database into `output`. Either all of it stands there afterwards, or nothing has changed.
+
+    Args:
+        force: replace what stands at the output; its mode and owner are kept (0600 otherwise).
+        integrity_check: let SQLite check the file before it is published.
+        parallelism: files that are read at once.
+
+    Raises:
+        OutputExists: a non-empty file, or a left-over `-wal` or `-journal`, stands there.
+        RestoreError, StorageError: see there.
+    """
+    started = time.monotonic()
+    _refuse_existing(output, force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(REPLANS + 1):
+        plan = find_plan(client, txid=txid, timestamp=timestamp)
+        temporary = output.with_name(f".{output.name}.{secrets.token_hex(6)}.restore")
+        try:
+            header = _write(client, plan, temporary, parallelism, progress)
+            if integrity_check != "none":
+                _check(temporary, integrity_check)
+            _publish(temporary, output, force)
+        except ObjectNotFound:
+            if attempt == REPLANS:
+                raise
+            continue  # retention runs meanwhile: there is another way to the same state
+        finally:
+            for suffix in ("", *SIDE_FILES):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+        newest = plan[-1]
+        size = sum(info.size for info in plan)
+        duration = time.monotonic() - started
+        return RestoreResult(output, newest.max_txid, header.created_at, header.page_size, header.commit, len(plan), size, duration)
+    raise AssertionError("unreachable")
+
+
+def _write(
+    client: ReplicaClient, plan: Sequence[FileInfo], path: Path, parallelism: int, progress: Callable[[Progress], None] | None
+) -> Header:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        page_size = 0
+
+        def write(first: int, pages: bytes) -> None:
+            view, at = memoryview(pages), (first - 1) * page_size
+            while view:
+                done = os.pwrite(file, view, at)
+                view, at = view[done:], at + done
+
+        with client.open(plan[0], size=100) as stream:
+            page_size = int.from_bytes(stream.read(100)[8:12], "big")
+        header = read_chain(client, plan, write, parallelism=parallelism, progress=progress)
+        os.ftruncate(file, header.commit * header.page_size)
+        os.fsync(file)
+        return header
+    finally:
+        os.close(file)
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.is_dir():
+        raise OutputExists(output)
+    if force:
+        return
+    for suffix in ("", "-wal", "-journal"):
+        path = output.with_name(output.name + suffix)
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_size:
+                raise OutputExists(path)
+
+
+def _check(path: Path, kind: IntegrityCheck) -> None:
+    """Let SQLite check a file that is not trusted."""
+    connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", uri=True, isolation_level=None)
+    try:
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA cell_size_check=ON")
+        connection.execute("PRAGMA mmap_size=0")
+        pragma = "quick_check" if kind == "quick" else "integrity_check"
+        message = str(connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        message = str(error)
+    finally:
+        connection.close()
+    if message != "ok":
+        raise IntegrityCheckFailed(path, message)
+
+
+def _publish(temporary: Path, output: Path, force: bool) -> None:
+    aside: list[Path] = []
+    try:
+        found = output.stat()
+    except FileNotFoundError:
+        found = None
+    if found is not None:
+        os.chmod(temporary, found.st_mode & 0o7777)
+        if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+            with contextlib.suppress(PermissionError):
+                os.chown(temporary, found.st_uid, found.st_gid)
+    for suffix in SIDE_FILES:
+        side = output.with_name(output.name + suffix)
+        moved = temporary.with_name(temporary.name + suffix)
+        with contextlib.suppress(FileNotFoundError):
+            if not force and suffix != "-shm" and side.lstat().st_size:
+                raise OutputExists(side)
+            side.rename(moved)
+            aside.append(moved)
+    if force or (found is not None and found.st_size == 0):
+        os.replace(temporary, output)
+    else:
+        try:
+            os.link(temporary, output)
+        except FileExistsError:
+            raise OutputExists(output) from None
+    folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    for moved in aside:
+        moved.unlink(missing_ok=True)

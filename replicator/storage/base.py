@@ -1,0 +1,142 @@
+"""The contract between the engine and a place that stores LTX files.
+
+A replica holds two kinds of objects:
+
+* **LTX files**, addressed by (level, min TXID, max TXID). Their names and folders are Litestream's and differ by backend
+  (specification 2.1), which is why a client takes the address and not a name.
+* **Control objects**, small and addressed by a relative name such as `pyrepl/lineage.json` or `lock.json`.
+
+Rules that every client keeps, and that the conformance suite checks on each of them:
+
+* A file is visible under its final name with all its bytes, or not at all. When `put` returns, it is stored durably.
+* `put(..., if_absent=True)` creates or raises `PreconditionFailed`; it never overwrites. (A store that ignores conditions is found by
+  a probe, not by the client.)
+* `list` yields in ascending (min TXID, max TXID) order and ignores every name that is not exactly `<16 hex>-<16 hex>.ltx`. A level that was
+  never written is empty, not an error.
+* `delete` of a missing file is not an error.
+* Errors are those of `replicator.errors`; `StorageUnavailable` means "try again later", and for a write "outcome unknown".
+* A client may be used from several threads at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from replicator.format.ltx import TXID, FileInfo
+
+__all__ = ["Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata"]
+
+_CONTROL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,3}")
+_LTX_FOLDER = re.compile(r"(ltx|[0-9a-f]{4})(/.*)?")
+_METADATA_KEY = re.compile(r"pyrepl-[a-z0-9-]{1,64}")
+_METADATA_VALUE = re.compile(r"[!-~]([ -~]{0,510}[!-~])?")
+
+
+Body = bytes | bytearray | memoryview | Path
+"""What `put` stores: bytes, or the path of a complete local file that the client reads (and may hard-link, never changes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlObject:
+    """A small object with its version. `etag` is opaque, and changes whenever the content does."""
+
+    data: bytes
+    etag: str
+
+
+class ReadStream(Protocol):
+    """A stored file being read. A context manager."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes, all that remain for -1, and `b""` only at the end of what was asked for."""
+
+    def close(self) -> None:
+        """Release the connection. Closing twice does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None: ...
+
+
+@runtime_checkable
+class ReplicaClient(Protocol):
+    """One replica path in one store."""
+
+    @property
+    def kind(self) -> str:
+        """Backend name as Litestream prints it: `file`, `s3`, `memory`."""
+
+    @property
+    def url(self) -> str:
+        """Where this is, for people and logs. Never contains a secret."""
+
+    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+        """Yield the files of a level whose min TXID is at least `seek`, in ascending order.
+
+        `created_at` is the cheap time of the listing; with `accurate_times` it is the time of the LTX header that `put` was given.
+        """
+
+    def open(self, info: FileInfo, *, offset: int = 0, size: int | None = None) -> ReadStream:
+        """Open a file, or the range of `size` bytes (at least 1) from `offset`. A range past the end is cut at the end.
+
+        Raises:
+            ObjectNotFound: now, not at the first read.
+        """
+
+    def put(
+        self, level: int, min_txid: TXID, max_txid: TXID, body: Body, *, timestamp_ms: int, if_absent: bool = False, metadata: dict[str, str] | None = None
+    ) -> FileInfo:
+        """Store a file. `timestamp_ms` is the header's time, kept as `created_at`.
+
+        `metadata`: lower-case keys starting with `pyrepl-`, stored where the backend has a place for it (S3), else dropped.
+
+        Raises:
+            PreconditionFailed: `if_absent` and the file exists.
+            StorageUnavailable: the outcome is unknown; read back before trying again.
+        """
+
+    def metadata(self, info: FileInfo) -> dict[str, str]:
+        """Return the metadata that `put` stored with lower-case keys (reading is case-insensitive); empty where the backend keeps none."""
+
+    def delete(self, files: Iterable[FileInfo]) -> None:
+        """Delete files, in batches where the backend can. Missing ones are no error."""
+
+    def get_control(self, name: str) -> ControlObject:
+        """Read a control object. Raises `ObjectNotFound`."""
+
+    def put_control(self, name: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        """Write a control object and return its etag. `if_match` is an etag; `PreconditionFailed` when the condition does not hold."""
+
+    def delete_control(self, name: str, *, if_match: str | None = None) -> None:
+        """Delete a control object; missing is no error unless `if_match` is given (`PreconditionFailed`)."""
+
+    def close(self) -> None:
+        """Release connections. The client is not used afterwards."""
+
+
+def check_control_name(name: str) -> None:
+    """Refuse names that could leave the replica's path, or meet an LTX file or a client's own files, on any backend.
+
+    Raises:
+        ValueError: the name is not one to four plain components (letters, digits, `.`, `_`, `-`, no leading dot), or its first one is a
+            folder of LTX files.
+    """
+    if not _CONTROL_NAME.fullmatch(name) or _LTX_FOLDER.fullmatch(name):
+        raise ValueError(f"not a name for a control object: {name!r}")
+
+
+def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
+    """Return a copy of the metadata for `put`, which must survive as HTTP headers.
+
+    Raises:
+        ValueError: a key is not lower-case and `pyrepl-*`, or a value is empty, long, or not printable ASCII.
+    """
+    for key, value in (metadata or {}).items():
+        if not _METADATA_KEY.fullmatch(key) or not _METADATA_VALUE.fullmatch(value):
+            raise ValueError(f"not a metadata entry: {key!r}")
+    return dict(metadata or {})

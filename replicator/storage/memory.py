@@ -1,0 +1,137 @@
+"""A replica in memory: the contract in its shortest executable form, and the store for tests.
+
+What another backend does differently from this one is a bug there, or a deviation that the conformance suite names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import ClassVar, Self
+
+from replicator.errors import ObjectNotFound, PreconditionFailed
+from replicator.format.ltx import TXID, FileInfo
+from replicator.storage.base import Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
+
+__all__ = ["MemoryClient"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    info: FileInfo
+    data: bytes
+    metadata: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Store:
+    """What the clients of one name share. `lock` guards the dictionaries; the values in them never change."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    files: dict[tuple[int, TXID, TXID], _Stored] = field(default_factory=dict)
+    control: dict[str, ControlObject] = field(default_factory=dict)
+
+
+class MemoryClient:
+    """A client of an unnamed store of its own, or of one that it shares (see `named`)."""
+
+    kind = "memory"
+
+    _named: ClassVar[dict[str, _Store]] = {}
+    _named_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self.url = "memory://"
+        self._store = _Store()
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return a client of the store of that name; all of them in this process share it. It lives as long as the process."""
+        client = cls()
+        client.url = f"memory://{name}"
+        with cls._named_lock:
+            client._store = cls._named.setdefault(name, client._store)
+        return client
+
+    def __repr__(self) -> str:
+        return f"MemoryClient({self.url!r})"
+
+    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+        with self._store.lock:
+            found = [stored.info for stored in self._store.files.values() if stored.info.level == level and stored.info.min_txid >= seek]
+        yield from sorted(found, key=lambda info: (info.min_txid, info.max_txid))
+
+    def open(self, info: FileInfo, *, offset: int = 0, size: int | None = None) -> ReadStream:
+        stored = self._get(info)
+        return BytesIO(stored.data[offset : None if size is None else offset + size])
+
+    def put(
+        self,
+        level: int,
+        min_txid: TXID,
+        max_txid: TXID,
+        body: Body,
+        *,
+        timestamp_ms: int,
+        if_absent: bool = False,
+        metadata: dict[str, str] | None = None,
+    ) -> FileInfo:
+        data = body.read_bytes() if isinstance(body, Path) else bytes(body)
+        info = FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=len(data), created_at=created_at(timestamp_ms))
+        stored = _Stored(info, data, check_metadata(metadata))
+        with self._store.lock:
+            if if_absent and _key(info) in self._store.files:
+                raise PreconditionFailed(info.name)
+            self._store.files[_key(info)] = stored
+        return info
+
+    def metadata(self, info: FileInfo) -> dict[str, str]:
+        return dict(self._get(info).metadata)
+
+    def delete(self, files: Iterable[FileInfo]) -> None:
+        for info in files:
+            with self._store.lock:
+                self._store.files.pop(_key(info), None)
+
+    def get_control(self, name: str) -> ControlObject:
+        check_control_name(name)
+        with self._store.lock:
+            if name not in self._store.control:
+                raise ObjectNotFound(name)
+            return self._store.control[name]
+
+    def put_control(self, name: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        check_control_name(name)
+        new = ControlObject(bytes(data), sha256(data).hexdigest())
+        with self._store.lock:
+            old = self._store.control.get(name)
+            if (if_absent and old is not None) or (if_match is not None and (old is None or old.etag != if_match)):
+                raise PreconditionFailed(name)
+            self._store.control[name] = new
+        return new.etag
+
+    def delete_control(self, name: str, *, if_match: str | None = None) -> None:
+        check_control_name(name)
+        with self._store.lock:
+            old = self._store.control.get(name)
+            if if_match is not None and (old is None or old.etag != if_match):
+                raise PreconditionFailed(name)
+            self._store.control.pop(name, None)
+
+    def close(self) -> None:
+        pass
+
+    def _get(self, info: FileInfo) -> _Stored:
+        with self._store.lock:
+            stored = self._store.files.get(_key(info))
+        if stored is None:
+            raise ObjectNotFound(f"{info.level}/{info.name}")
+        return stored
+
+
+def _key(info: FileInfo) -> tuple[int, TXID, TXID]:
+    return info.level, info.min_txid, info.max_txid
