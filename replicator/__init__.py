@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from replicator.api import ReplicaStatus, Replicator, Status, restore
     from replicator.errors import ReplicatorError
     from replicator.format.ltx import TXID
-    from replicator.restore import RestoreResult
+    from replicator.restorer import RestoreResult
 
 __all__ = ["TXID", "ReplicaStatus", "Replicator", "ReplicatorError", "RestoreResult", "Status", "__version__", "restore"]
 
@@ -31,7 +31,7 @@ _HOMES = {
     "ReplicaStatus": "replicator.api",
     "Replicator": "replicator.api",
     "ReplicatorError": "replicator.errors",
-    "RestoreResult": "replicator.restore",
+    "RestoreResult": "replicator.restorer",
     "Status": "replicator.api",
     "restore": "replicator.api",
 }
@@ -40,7 +40,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # The module `replicator.restore` would shadow the function of that name: bind what was asked for.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

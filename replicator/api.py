@@ -36,7 +36,7 @@ from replicator.errors import (
 from replicator.format.ltx import TXID, parse_txid
 from replicator.outbox import Entry, OutFile
 from replicator.replica import Replica
-from replicator.restore import IntegrityCheck, RestoreResult, restore_database
+from replicator.restorer import IntegrityCheck, RestoreResult, restore_database
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.watch import Watch
@@ -307,7 +307,14 @@ class Replicator:
                 lag = now - min(waiting) if waiting else 0.0
                 replicas.append(
                     ReplicaStatus(
-                        replica.url, replica.client.kind, replica.txid, replica.last_stored_at, lag, replica.error, replica.files_sent, replica.bytes_sent
+                        replica.url,
+                        replica.client.kind,
+                        replica.txid,
+                        replica.last_stored_at,
+                        lag,
+                        replica.error,
+                        replica.files_sent,
+                        replica.bytes_sent,
                     )
                 )
             state = self._state

@@ -566,7 +566,9 @@ class Engine:
                 self._snapshots.remove(snapshot)
 
 
-def _chain(first: tuple[int, bytes | memoryview] | None, rest: Iterator[tuple[int, bytes | memoryview]]) -> Iterator[tuple[int, bytes | memoryview]]:
+def _chain(
+    first: tuple[int, bytes | memoryview] | None, rest: Iterator[tuple[int, bytes | memoryview]]
+) -> Iterator[tuple[int, bytes | memoryview]]:
     if first is not None:
         yield first
         yield from rest

@@ -113,9 +113,7 @@ class DatabaseNotFound(DatabaseStateError):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        super().__init__(
-            f"database does not exist: {path}", hint="check the path; start the application first or restore a replica to it"
-        )
+        super().__init__(f"database does not exist: {path}", hint="check the path; start the application first or restore a replica to it")
 
 
 class NotADatabase(DatabaseStateError):
@@ -156,9 +154,7 @@ class EngineRunning(DatabaseStateError):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        super().__init__(
-            f"another replicator already runs for this database: {path}", hint="stop the other process, or wait until it ends"
-        )
+        super().__init__(f"another replicator already runs for this database: {path}", hint="stop the other process, or wait until it ends")
 
 
 class ContinuityLost(DatabaseStateError):

@@ -121,7 +121,9 @@ class Replica:
         """Return the files that lead from `txid` to the newest state found by `open`; None when the chain does not pass there."""
         found: list[FileInfo] = []
         while txid < self.txid:
-            candidates = [info for files in self._files.values() for info in files if info.min_txid == txid + 1 and info.max_txid <= self.txid]
+            candidates = [
+                info for files in self._files.values() for info in files if info.min_txid == txid + 1 and info.max_txid <= self.txid
+            ]
             if not candidates:
                 return None
             best = max(candidates, key=lambda info: info.max_txid)
@@ -156,7 +158,13 @@ class Replica:
             return
         try:
             self.client.put(
-                file.level, file.min_txid, file.max_txid, file.body, timestamp_ms=file.timestamp_ms, if_absent=self.conditional, metadata=metadata
+                file.level,
+                file.min_txid,
+                file.max_txid,
+                file.body,
+                timestamp_ms=file.timestamp_ms,
+                if_absent=self.conditional,
+                metadata=metadata,
             )
         except PreconditionFailed:
             if not self._holds(file):

@@ -114,7 +114,14 @@ class WALFile:
         return data
 
     def changes(
-        self, position: WALPosition, *, page_size: int, big_endian: bool, limit: int | None = None, stop_at: int | None = None, keep: bool = True
+        self,
+        position: WALPosition,
+        *,
+        page_size: int,
+        big_endian: bool,
+        limit: int | None = None,
+        stop_at: int | None = None,
+        keep: bool = True,
     ) -> Changes | None:
         """Read committed frames from `position`; None when there are none.
 

@@ -134,9 +134,7 @@ class Frames:
         return int(found[-1]) + 1 if len(found) else 0
 
 
-def scan_frames(
-    data: bytes | memoryview, *, page_size: int, salts: tuple[int, int], checksum: tuple[int, int], big_endian: bool
-) -> Frames:
+def scan_frames(data: bytes | memoryview, *, page_size: int, salts: tuple[int, int], checksum: tuple[int, int], big_endian: bool) -> Frames:
     """Return the longest run of valid whole frames at the start of `data`.
 
     Args:

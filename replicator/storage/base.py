@@ -23,13 +23,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from replicator.format.ltx import TXID, FileInfo
 
-__all__ = ["Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata"]
+__all__ = ["Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata", "created_at"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _CONTROL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,3}")
 _LTX_FOLDER = re.compile(r"(ltx|[0-9a-f]{4})(/.*)?")
@@ -89,7 +92,15 @@ class ReplicaClient(Protocol):
         """
 
     def put(
-        self, level: int, min_txid: TXID, max_txid: TXID, body: Body, *, timestamp_ms: int, if_absent: bool = False, metadata: dict[str, str] | None = None
+        self,
+        level: int,
+        min_txid: TXID,
+        max_txid: TXID,
+        body: Body,
+        *,
+        timestamp_ms: int,
+        if_absent: bool = False,
+        metadata: dict[str, str] | None = None,
     ) -> FileInfo:
         """Store a file. `timestamp_ms` is the header's time, kept as `created_at`.
 
@@ -140,3 +151,11 @@ def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
         if not _METADATA_KEY.fullmatch(key) or not _METADATA_VALUE.fullmatch(value):
             raise ValueError(f"not a metadata entry: {key!r}")
     return dict(metadata or {})
+
+
+def created_at(timestamp_ms: int) -> datetime:
+    """Return a header's or a file's time as a time point. What lies outside the calendar (hostile or damaged) becomes its nearest end."""
+    try:
+        return _EPOCH + timedelta(milliseconds=timestamp_ms)
+    except OverflowError:
+        return (datetime.max if timestamp_ms > 0 else datetime.min).replace(tzinfo=UTC)

@@ -40,7 +40,18 @@ _MAX_CONTROL_SIZE = 1 << 20
 
 # link() or copy_file_range() cannot do it here, but reading and writing can.
 _COPY_INSTEAD = frozenset(
-    {errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ELOOP, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EAGAIN}
+    {
+        errno.EXDEV,
+        errno.EMLINK,
+        errno.EPERM,
+        errno.EACCES,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.ENOLCK,
+        errno.EAGAIN,
+    }
 )
 
 
@@ -120,6 +131,8 @@ class FileClient:
     ) -> FileInfo:
         info = FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=0, created_at=created_at(timestamp_ms))
         path = self.path(info)
+        if isinstance(body, Path):
+            os.stat(body)  # a body that is missing is the caller's error, not the replica's
         with _translated(path):
             self._prepare(level)
             try:

@@ -1,4 +1,4 @@
-"""Carry out a restore plan into a new file, verify it, then publish it in one step.
+"""Carry out a restore plan into a new file, verify it, then publish it in one step. (`replicator.restore` is the function.)
 
 The temporary file lies beside the output, so that publishing is a rename. A database is three names: a `-wal` left over beside the
 output would be replayed into the restored file, so it is moved aside *before* the rename and deleted after it.
