@@ -42,7 +42,20 @@ _VIRTUAL_HOST_STYLE = re.compile(r"(digitaloceanspaces\.com|scw\.cloud)$")
 
 # Query parameters that say nothing secret, by their name without case and hyphens. All others are hidden by `redact`.
 _PUBLIC_PARAMETERS = frozenset(
-    ["endpoint", "region", "forcepathstyle", "skipverify", "signpayload", "requirecontentmd5", "signacceptencoding", "storageclass", "partsize", "concurrency", "ssecustomeralgorithm", "ssekmskeyid"]
+    [
+        "endpoint",
+        "region",
+        "forcepathstyle",
+        "skipverify",
+        "signpayload",
+        "requirecontentmd5",
+        "signacceptencoding",
+        "storageclass",
+        "partsize",
+        "concurrency",
+        "ssecustomeralgorithm",
+        "ssekmskeyid",
+    ]
 )
 
 
@@ -305,6 +318,8 @@ def _parse_query(query: str, url: str) -> dict[str, object]:
     for parameter in filter(None, query.split("&")):
         name, _, text = parameter.partition("=")
         text = unquote_plus(text)
+        if not text and _canonical(name) in _PUBLIC_PARAMETERS:
+            continue  # as if it were not there
         match _canonical(name):
             case "endpoint":
                 values["endpoint"] = endpoint_url(text, private_http=True)

@@ -1,0 +1,29 @@
+"""Fixtures for all tests, and the Hypothesis profiles: `default`, `ci` (derandomised), `deep` (HYPOTHESIS_PROFILE=deep)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.servers import ACCESS, SECRET, moto, rclone, seaweed
+
+__all__ = ["moto", "rclone", "seaweed"]
+
+_slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", deadline=None, suppress_health_check=_slow)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
+settings.register_profile("deep", parent=settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test servers' keys, and nothing of this machine's own settings."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "LITESTREAM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -1,0 +1,224 @@
+"""One conformance suite for every client. What a store does differently is asserted here, not skipped."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, ReplicatorError, StorageError
+from replicator.format.ltx import TXID, FileInfo
+from replicator.storage import open_client
+from replicator.storage.base import ReplicaClient
+from replicator.storage.memory import MemoryClient
+from replicator.storage.probe import probe_conditional_writes
+from replicator.storage.s3 import S3Client
+from replicator.storage.url import parse_s3_url
+
+KINDS = ["memory", "file", "seaweed", "moto", "rclone"]
+STAMP = 1_795_444_774_997
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def client(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> ReplicaClient:
+    if kind == "memory":
+        return MemoryClient()
+    if kind == "file":
+        return open_client(f"file://{tmp_path}/replica")
+    server = request.getfixturevalue(kind)
+    made = S3Client(parse_s3_url(server.url(f"t-{secrets.token_hex(6)}"), environ={}), page_size=3, single_put_bytes=6 << 20)
+    request.addfinalizer(made.close)
+    return made
+
+
+def put(
+    client: ReplicaClient, low: int, high: int | None = None, body: bytes | Path = b"x" * 100, level: int = 0, **options: bool
+) -> FileInfo:
+    return client.put(level, TXID(low), TXID(high or low), body, timestamp_ms=STAMP, **options)
+
+
+def read(client: ReplicaClient, info: FileInfo, **where: int) -> bytes:
+    with client.open(info, **where) as stream:
+        return b"".join(iter(lambda: stream.read(7), b""))
+
+
+def names(client: ReplicaClient, level: int = 0, **options: object) -> list[tuple[int, int]]:
+    return [(info.min_txid, info.max_txid) for info in client.list(level, **options)]
+
+
+def test_listing_spans_pages_and_is_in_order(client: ReplicaClient) -> None:
+    for txid in (7, 3, 300, 1, 2, 16, 5):
+        put(client, txid)
+    put(client, 1, 9, level=1)
+    assert names(client) == [(txid, txid) for txid in (1, 2, 3, 5, 7, 16, 300)]
+    assert names(client, seek=TXID(5)) == [(5, 5), (7, 7), (16, 16), (300, 300)]
+    assert names(client, level=1) == [(1, 9)]
+    assert names(client, level=9) == []
+
+
+def test_ranges_are_exact(client: ReplicaClient) -> None:
+    body = bytes(range(256)) * 4
+    info = put(client, 1, body=body)
+    assert info.size == 1024
+    assert read(client, info) == body
+    assert read(client, info, offset=1000) == body[1000:]
+    assert read(client, info, offset=10, size=20) == body[10:30]
+    assert read(client, info, offset=1020, size=100) == body[1020:]
+
+
+def test_times_survive_to_the_millisecond(client: ReplicaClient) -> None:
+    put(client, 1)
+    [info] = client.list(0, accurate_times=True)
+    assert info.created_at == datetime.fromtimestamp(STAMP // 1000, UTC).replace(microsecond=997000)
+
+
+def test_metadata_comes_back_in_lower_case(client: ReplicaClient, kind: str) -> None:
+    info = client.put(0, TXID(1), TXID(1), b"x" * 100, timestamp_ms=STAMP, metadata={"pyrepl-writer": "00ff"})
+    assert client.metadata(info) == ({} if kind == "file" else {"pyrepl-writer": "00ff"})
+
+
+def test_create_if_absent_has_one_winner(client: ReplicaClient, kind: str) -> None:
+    def attempt(number: int) -> bool:
+        try:
+            put(client, 1, body=b"%03d" % number * 50, if_absent=True)
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(20) as pool:
+        won = list(pool.map(attempt, range(20)))
+    assert sum(won) == (20 if kind == "rclone" else 1)  # rclone ignores conditions, and the probe says so
+    [info] = client.list(0)
+    if kind != "rclone":
+        assert read(client, info) == b"%03d" % won.index(True) * 50
+
+
+def test_put_overwrites_without_a_condition(client: ReplicaClient) -> None:
+    put(client, 1, body=b"a" * 200)
+    info = put(client, 1, body=b"b" * 150)
+    assert read(client, info) == b"b" * 150
+    assert names(client) == [(1, 1)]
+
+
+def test_a_path_is_stored_and_not_changed(client: ReplicaClient, tmp_path: Path) -> None:
+    body = os.urandom(100_000)
+    source = tmp_path / "staged"
+    source.write_bytes(body)
+    info = put(client, 1, body=source, if_absent=True)
+    assert read(client, info) == body == source.read_bytes()
+
+
+def test_large_files_go_up_in_parts_and_keep_the_condition(client: ReplicaClient, kind: str, tmp_path: Path) -> None:
+    body = os.urandom(1 << 20) * 18
+    source = tmp_path / "large"
+    source.write_bytes(body)
+    info = put(client, 1, body=source, if_absent=True)
+    with client.open(info) as stream:
+        assert b"".join(iter(lambda: stream.read(1 << 20), b"")) == body
+    if kind != "rclone":
+        with pytest.raises(PreconditionFailed):
+            put(client, 1, body=source, if_absent=True)
+
+
+def test_deleting_is_batched_and_forgives(client: ReplicaClient) -> None:
+    files = [put(client, txid) for txid in range(1, 9)]
+    client.delete(files[:5])
+    client.delete(files[4:6])
+    assert names(client) == [(7, 7), (8, 8)]
+
+
+def test_missing_things_are_not_found(client: ReplicaClient) -> None:
+    missing = FileInfo(0, TXID(1), TXID(1), 100, datetime.now(UTC))
+    with pytest.raises(ObjectNotFound):
+        client.open(missing)
+    with pytest.raises(ObjectNotFound):
+        client.get_control("pyrepl/none.json")
+    client.delete([missing])
+    client.delete_control("pyrepl/none.json")
+
+
+def test_control_objects_keep_their_conditions(client: ReplicaClient, kind: str) -> None:
+    etag = client.put_control("lock.json", b"1", if_absent=True)
+    assert client.get_control("lock.json").data == b"1"
+    assert client.get_control("lock.json").etag == etag
+    assert probe_conditional_writes(client) == (kind != "rclone")
+    if kind == "rclone":
+        return
+    with pytest.raises(PreconditionFailed):
+        client.put_control("lock.json", b"2", if_absent=True)
+    newer = client.put_control("lock.json", b"3", if_match=etag)
+    with pytest.raises(PreconditionFailed):
+        client.put_control("lock.json", b"4", if_match=etag)
+    with pytest.raises(PreconditionFailed):
+        client.delete_control("lock.json", if_match=etag)
+    assert client.get_control("lock.json").data == b"3"
+    client.delete_control("lock.json", if_match=newer)
+    with pytest.raises(ObjectNotFound):
+        client.get_control("lock.json")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../b", "", "a\0b", "a//b"])
+def test_hostile_control_names_are_refused(client: ReplicaClient, name: str) -> None:
+    with pytest.raises((ReplicatorError, ValueError)):
+        client.put_control(name, b"x")
+
+
+def test_foreign_names_in_a_level_are_ignored(client: ReplicaClient, kind: str, tmp_path: Path) -> None:
+    put(client, 1)
+    if kind == "file":
+        for name in (
+            "x",
+            "0000000000000001-0000000000000001.ltx.tmp",
+            "0000000000000002-0000000000000001.ltx",
+            "G" * 16 + "-" + "0" * 16 + ".ltx",
+        ):
+            (tmp_path / "replica/ltx/0" / name).write_bytes(b"")
+    elif kind != "memory":
+        for name in ("0000/x", "0000/0000000000000001-0000000000000001.ltx.tmp", "0000/sub/0000000000000002-0000000000000002.ltx"):
+            client._s3.put_object(**client._at(name), Body=b"foreign")
+    assert names(client) == [(1, 1)]
+
+
+def test_listing_while_writing_shows_each_finished_file_once(client: ReplicaClient) -> None:
+    for txid in range(1, 11):
+        put(client, txid)
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(put, client, txid) for txid in range(11, 31)]
+        seen = [names(client) for _ in range(5)]
+        for task in writing:
+            task.result()
+    for listing in seen:
+        assert listing == sorted(set(listing))
+        assert set(listing) >= {(txid, txid) for txid in range(1, 11)}
+    assert len(names(client)) == 30
+
+
+def test_wrong_credentials_say_so_and_tell_no_secret(seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-value")
+    client = open_client(seaweed.url("nowhere"))
+    with pytest.raises(AccessDenied) as caught:
+        list(client.list(0))
+    assert "s3://bucket/nowhere" in str(caught.value)
+    assert caught.value.hint
+    assert "wrong-secret-value" not in f"{caught.value!r} {caught.value} {client!r} {client.url} {vars(client)}"
+
+
+def test_a_missing_bucket_is_named(seaweed) -> None:
+    client = open_client(seaweed.url("x").replace("s3://bucket/", "s3://no-such-bucket/"))
+    with pytest.raises(StorageError, match="bucket does not exist: no-such-bucket"):
+        list(client.list(0))
+
+
+def test_an_unreachable_store_is_unavailable() -> None:
+    settings = parse_s3_url("s3://bucket/x?endpoint=http://127.0.0.1:1", environ={})
+    with pytest.raises(StorageError, match="cannot be reached: s3://bucket/x"):
+        list(S3Client(settings, max_attempts=1).list(0))
