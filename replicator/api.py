@@ -225,8 +225,13 @@ class Replicator:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except ReplicatorError as error:
+            if kind is None:
+                raise
+            log.error("close failed db=%s error=%r", self._path, str(error))  # what is being raised already counts more
 
     # -- asking ------------------------------------------------------------------------------------------------------------------
 
@@ -276,8 +281,8 @@ class Replicator:
                 raise DatabaseStateError(f"replication of {self._path} is stopped")
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
-                pending = "; ".join(f"{replica.url} has TXID {replica.txid:016x}" for replica in asked)
-                raise WaitTimeout(f"{self._error or 'still uploading'} ({pending})")
+                states = [f"{item.url} has TXID {item.txid:016x}" + (f", {item.error}" if item.error else "") for item in asked]
+                raise WaitTimeout("; ".join([*([self._error] if self._error else []), *states]))
             self._changed.wait(left)
 
     def snapshot(self, *, timeout_s: float | None = None) -> TXID:

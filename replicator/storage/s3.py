@@ -1,201 +1,130 @@
-"""A replica in a bucket of S3 or a compatible store, on boto3: `<path>/<level as 4 hex digits>/<name>`, without the `ltx/` of other backends.
+"""A replica in S3, or in a store that speaks S3, on boto3.
 
-* Appending is `PutObject` with `If-None-Match: *`. Large files go up in parts, and the condition is on completing them.
-* boto3 retries requests, within bounds. It may therefore find its own first try stored: that is a `PreconditionFailed` like any other, and the
-  caller compares the bytes.
-* Reading returns exactly the range that was asked for, also from servers that ignore ranges; a connection that ends early is an error
-  and never a short file.
-* With an endpoint the SDK's own checksums are sent only where S3 requires them, since many stores know no trailers.
+Keys are `<path>/<level as 4 hex digits>/<name>`; control objects are `<path>/<name>`. The header's time is the metadata entry
+`litestream-timestamp`, the cheap time is LastModified.
 
-Source: specification, sections 2.1 and 8.
+Decisions, and what they protect:
+
+* **Checksums only where required, payload signed.** Many stores refuse the checksum trailers that SDKs send by default. The payload hash in
+  the signature already makes the store compare what it got.
+* **Conditions and retries.** A conditional write that boto3 had to send twice may have lost against itself: the first copy arrived and only
+  its reply was lost. So a failed condition after a retry is `StorageUnavailable` (outcome unknown, read back), never `PreconditionFailed`.
+* **Ranges are checked.** Some servers answer a range with status 200, or ignore it. Content-Range and Content-Length decide what arrived.
+* **A short body is an error.** A stream ends only after the announced number of bytes.
+* **Errors are built from facts.** Of a server's reply only code and status are used: its text may hold anything, credentials included.
+
+boto3 never follows a redirect to another host, so a request's signature stays with the endpoint that was configured.
+
+Source: specification 2.1 (keys, metadata), 8.1 to 8.3 (requests, behaviour, providers).
 """
 
 from __future__ import annotations
 
-import os
+import base64
+import contextlib
+import hashlib
+import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
+from urllib.parse import urlsplit
 
-from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
-from replicator.format.ltx import TXID, FileInfo, parse_name
+import boto3
+import botocore.exceptions
+import urllib3.exceptions
+from botocore.config import Config
+
+from replicator import __version__
+from replicator.errors import AccessDenied, ConfigError, ObjectNotFound, PreconditionFailed, ReplicatorError, StorageError, StorageUnavailable
+from replicator.format.ltx import TXID, FileInfo, format_name, format_txid, parse_name
 from replicator.storage.base import Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
 from replicator.storage.url import S3Settings
 
 __all__ = ["S3Client"]
 
-TIMESTAMP = "litestream-timestamp"
-DELETE_BATCH = 1000
-HEADS_AT_ONCE = 16
-SINGLE_PUT_BYTES = 64 << 20
-MULTIPART_BYTES = 16 << 20
+_TIMESTAMP = "litestream-timestamp"
+_OWN_METADATA = "pyrepl-"
+_ATTEMPTS = 4
+_CONNECT_TIMEOUT_S = 10
+_READ_TIMEOUT_S = 60
+_POOL = 32
+_HEAD_THREADS = 16
+_DELETE_BATCH = 1000
+_MAX_PARTS = 10_000
+_MAX_CONTROL_SIZE = 1 << 20
+_CHUNK = 1 << 20
 
-_DENIED = {
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidToken",
-    "ExpiredToken",
-    "AuthorizationHeaderMalformed",
-    "403",
-    "401",
-}
-_AGAIN = {
-    "SlowDown",
-    "InternalError",
-    "ServiceUnavailable",
-    "RequestTimeout",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-    "RequestCanceled",
-}
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
+_ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9.]{0,63}")
+
+_DENIED = frozenset(
+    "403 401 AccessDenied Forbidden InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired "
+    "AccountProblem AllAccessDisabled InvalidSecurity NotSignedUp MissingSecurityHeader AuthorizationHeaderMalformed UnauthorizedAccess".split()
+)
+_BUSY = frozenset(
+    "SlowDown ServiceUnavailable InternalError RequestTimeout RequestCanceled Throttling ThrottlingException RequestLimitExceeded "
+    "TooManyRequests ConditionalRequestConflict OperationAborted Busy".split()
+)
+_CREDENTIALS_HINT = "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile), the region and the bucket's policy"
 
 
 class S3Client:
-    """One path in one bucket. The connection is made when it is first needed."""
+    """The replica under one path of one bucket.
+
+    Args:
+        settings: where it is, and how to talk to the store.
+        api: a boto3 S3 client to use instead of an own one, made from the settings at the first request.
+        list_page_size: how many names a page of a listing holds.
+    """
 
     kind = "s3"
 
-    def __init__(
-        self, settings: S3Settings, *, page_size: int = 1000, single_put_bytes: int = SINGLE_PUT_BYTES, max_attempts: int = 5
-    ) -> None:
-        """
-        Args:
-            page_size: keys in a page of a listing.
-            single_put_bytes: larger files are sent in parts.
-            max_attempts: tries of one request, the first included.
-        """
+    def __init__(self, settings: S3Settings, *, api: Any = None, list_page_size: int = 1000) -> None:
         self.settings = settings
-        self._page_size = page_size
-        self._single = single_put_bytes
-        self._attempts = max_attempts
-        self._client: Any = None
-        self._guard = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return self.settings.url
+        self.url = settings.url
+        self._list_page_size = list_page_size
+        self._api = api
+        self._api_lock = threading.Lock()
+        self._key_arguments = _customer_key(settings)
+        self._write_arguments = dict(self._key_arguments)
+        if settings.storage_class:
+            self._write_arguments["StorageClass"] = settings.storage_class
+        if settings.sse_kms_key_id:
+            self._write_arguments |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.sse_kms_key_id}
 
     def __repr__(self) -> str:
         return f"S3Client({self.url!r})"
 
-    @property
-    def _s3(self) -> Any:
-        with self._guard:
-            if self._client is None:
-                self._client = self._connect()
-            return self._client
-
-    def _connect(self) -> Any:
-        import boto3
-        from botocore import UNSIGNED  # noqa: F401  (fails early when botocore is broken)
-        from botocore.config import Config
-
-        settings = self.settings
-        for theirs, aws in (("LITESTREAM_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), ("LITESTREAM_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")):
-            if os.environ.get(theirs):
-                os.environ.setdefault(aws, os.environ[theirs])
-        s3: dict[str, Any] = {"payload_signing_enabled": settings.sign_payload}
-        if settings.force_path_style is not None:
-            s3["addressing_style"] = "path" if settings.force_path_style else "virtual"
-        config = Config(
-            user_agent="pyrepl",
-            connect_timeout=10,
-            read_timeout=60,
-            tcp_keepalive=True,
-            max_pool_connections=32,
-            parameter_validation=False,
-            retries={"mode": "standard", "total_max_attempts": self._attempts},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3=s3,
-        )
-        with _translated(self._name("")):
-            return boto3.session.Session().client(
-                "s3",
-                region_name=settings.region or ("us-east-1" if settings.endpoint else None),
-                endpoint_url=settings.endpoint,
-                verify=False if settings.skip_verify else None,
-                config=config,
-            )
-
-    def _key(self, name: str) -> str:
-        return f"{self.settings.path}/{name}" if self.settings.path else f"/{name}"
-
-    def _name(self, name: str) -> str:
-        """For people."""
-        return f"s3://{self.settings.bucket}/{self.settings.path}/{name}".rstrip("/")
-
-    @staticmethod
-    def _file(info: FileInfo) -> str:
-        return f"{info.level:04x}/{info.name}"
-
-    def _at(self, name: str) -> dict[str, Any]:
-        return {"Bucket": self.settings.bucket, "Key": self._key(name)}
-
-    def _customer_key(self) -> dict[str, Any]:
-        settings = self.settings
-        if not settings.sse_customer_key:
-            return {}
-        return {"SSECustomerAlgorithm": settings.sse_customer_algorithm or "AES256", "SSECustomerKey": settings.sse_customer_key}
+    # -- LTX files ---------------------------------------------------------------------------------------------------------------
 
     def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
-        prefix = self._key(f"{level:04x}/")
-        found: list[FileInfo] = []
-        token: dict[str, str] = {}
-        while True:
-            with _translated(self._name(f"{level:04x}/")):
-                page = self._s3.list_objects_v2(Bucket=self.settings.bucket, Prefix=prefix, MaxKeys=self._page_size, **token)
-            for item in page.get("Contents", ()):
-                txids = parse_name(item["Key"].removeprefix(prefix))
-                if txids is not None and txids[0] >= seek:
-                    found.append(FileInfo(level, *txids, item["Size"], item["LastModified"].astimezone(UTC)))
-            if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
-                break
-            token = {"ContinuationToken": page["NextContinuationToken"]}
-        found = sorted(set(found))
-        if accurate_times and found:
-            with ThreadPoolExecutor(min(HEADS_AT_ONCE, len(found))) as pool:
-                found = [info for info in pool.map(self._accurate, found) if info is not None]
-        yield from found
-
-    def _accurate(self, info: FileInfo) -> FileInfo | None:
-        try:
-            stamp = self._head(info).get(TIMESTAMP)
-        except ObjectNotFound:
-            return None
-        when = _parse_time(stamp) if stamp else None
-        return FileInfo(info.level, info.min_txid, info.max_txid, info.size, when or info.created_at)
-
-    def _head(self, info: FileInfo) -> dict[str, str]:
-        with _translated(self._name(self._file(info))):
-            found = self._s3.head_object(**self._at(self._file(info)), **self._customer_key())
-        return {key.lower(): value for key, value in found.get("Metadata", {}).items()}
-
-    def metadata(self, info: FileInfo) -> dict[str, str]:
-        return {key: value for key, value in self._head(info).items() if key.startswith("pyrepl-")}
+        # Gathered and sorted, not streamed: stores exist that list out of order or repeat a name at the edge of a page.
+        found: dict[str, FileInfo] = {}
+        prefix = self._level_prefix(level)
+        for entry in self._list_objects(prefix, start_after=prefix + format_txid(seek) if seek else ""):
+            name = str(entry["Key"])[len(prefix) :]
+            txids = parse_name(name)
+            if txids is not None and txids[0] >= seek and str(entry["Key"]).startswith(prefix):
+                found[name] = FileInfo(
+                    level=level,
+                    min_txid=txids[0],
+                    max_txid=txids[1],
+                    size=int(entry["Size"]),
+                    created_at=entry["LastModified"].astimezone(UTC),
+                )
+        files = sorted(found.values(), key=lambda info: (info.min_txid, info.max_txid))
+        if accurate_times and files:
+            with ThreadPoolExecutor(min(_HEAD_THREADS, len(files)), "s3-head") as pool:
+                files = list(pool.map(self._with_accurate_time, files))
+        yield from files
 
     def open(self, info: FileInfo, *, offset: int = 0, size: int | None = None) -> ReadStream:
-        name = self._name(self._file(info))
-        last = "" if size is None else str(offset + size - 1)
-        try:
-            with _translated(name):
-                found = self._s3.get_object(**self._at(self._file(info)), Range=f"bytes={offset}-{last}", **self._customer_key())
-        except _RangeNotSatisfiable:
-            return _Empty()
-        body, length = found["Body"], found["ContentLength"]
-        whole = "ContentRange" not in found  # the server ignored the range
-        if whole:
-            rest = max(0, length - offset)
-            stream = _Stream(body, name, rest if size is None else min(rest, size), ends=size is None or size >= rest)
-            stream.skip(offset)
-            return stream
-        return _Stream(body, name, length, ends=True)
+        return self._get(self._key(info), offset, size)[0]
 
     def put(
         self,
@@ -208,138 +137,243 @@ class S3Client:
         if_absent: bool = False,
         metadata: dict[str, str] | None = None,
     ) -> FileInfo:
-        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
-        info = FileInfo(level, min_txid, max_txid, size, created_at(timestamp_ms))
-        settings = self.settings
-        what: dict[str, Any] = {
-            "Metadata": {TIMESTAMP: _format_time(timestamp_ms), **check_metadata(metadata)},
+        key = self._level_prefix(level) + format_name(min_txid, max_txid)
+        when = created_at(timestamp_ms)
+        arguments = {
             "ContentType": "application/octet-stream",
-            **self._customer_key(),
+            "Metadata": {_TIMESTAMP: _format_time(when), **check_metadata(metadata)},
+            **self._write_arguments,
         }
-        if settings.storage_class:
-            what["StorageClass"] = settings.storage_class
-        if settings.sse_kms_key_id:
-            what |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.sse_kms_key_id}
-        condition = {"IfNoneMatch": "*"} if if_absent else {}
-        with _translated(self._name(self._file(info))):
-            if size > self._single:
-                self._put_parts(info, body, what, condition)
-            elif isinstance(body, Path):
-                with body.open("rb") as file:
-                    self._s3.put_object(**self._at(self._file(info)), Body=file, **what, **condition)
-            else:
-                self._s3.put_object(**self._at(self._file(info)), Body=bytes(body), **what, **condition)
-        return info
+        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
+        if size <= self.settings.part_size:
+            data = body.read_bytes() if isinstance(body, Path) else bytes(body)
+            with self._translated(key, conditional=if_absent):
+                self._s3.put_object(Bucket=self.settings.bucket, Key=key, Body=data, **_conditions(if_absent=if_absent), **arguments)
+            size = len(data)
+        else:
+            self._put_parts(key, body, size, arguments, if_absent=if_absent)
+        return FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=size, created_at=when)
 
-    def _put_parts(self, info: FileInfo, body: Body, what: dict[str, Any], condition: dict[str, str]) -> None:
-        at = self._at(self._file(info))
-        upload = {**at, "UploadId": self._s3.create_multipart_upload(**at, **what)["UploadId"]}
-        size = max(self.settings.part_size, MULTIPART_BYTES, -(-info.size // 10_000))
-
-        def send(number: int) -> dict[str, Any]:
-            part = _part(body, (number - 1) * size, size)
-            return {
-                "PartNumber": number,
-                "ETag": self._s3.upload_part(**upload, PartNumber=number, Body=part, **self._customer_key())["ETag"],
-            }
-
-        try:
-            with ThreadPoolExecutor(self.settings.concurrency) as pool:
-                parts = list(pool.map(send, range(1, -(-info.size // size) + 1)))
-            self._s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)
-        except BaseException:
-            try:
-                self._s3.abort_multipart_upload(**upload)
-            except Exception:  # noqa: S110, BLE001  the first error is the one that counts
-                pass
-            raise
+    def metadata(self, info: FileInfo) -> dict[str, str]:
+        return {name: value for name, value in self._head(self._key(info)).items() if name.startswith(_OWN_METADATA)}
 
     def delete(self, files: Iterable[FileInfo]) -> None:
-        keys = [{"Key": self._key(self._file(info))} for info in files]
-        for start in range(0, len(keys), DELETE_BATCH):
-            with _translated(self._name("")):
-                done = self._s3.delete_objects(
-                    Bucket=self.settings.bucket, Delete={"Objects": keys[start : start + DELETE_BATCH], "Quiet": True}
-                )
-            for error in done.get("Errors", ()):
-                if error.get("Code") != "NoSuchKey":
-                    raise StorageError(f"cannot delete {error.get('Key')}: {error.get('Code')} {error.get('Message')}")
+        keys = [self._key(info) for info in files]
+        for first in range(0, len(keys), _DELETE_BATCH):
+            self._delete_batch(keys[first : first + _DELETE_BATCH])
+
+    # -- control objects ---------------------------------------------------------------------------------------------------------
 
     def get_control(self, name: str) -> ControlObject:
-        check_control_name(name)
-        with _translated(self._name(name)):
-            found = self._s3.get_object(**self._at(name), **self._customer_key())
-            return ControlObject(found["Body"].read(), found["ETag"])
+        key = self._control_key(name)
+        stream, etag = self._get(key, 0, None)
+        with stream:
+            data = stream.read(_MAX_CONTROL_SIZE + 1)
+        if len(data) > _MAX_CONTROL_SIZE:
+            raise StorageError(f"control object is too large: {self._name(key)}")
+        return ControlObject(data, etag)
 
     def put_control(self, name: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
-        check_control_name(name)
-        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
-        with _translated(self._name(name), missing_is_precondition=if_match is not None):
-            stored = self._s3.put_object(
-                **self._at(name), Body=bytes(data), ContentType="application/json", **self._customer_key(), **condition
+        key = self._control_key(name)
+        conditions = _conditions(if_match=if_match, if_absent=if_absent)
+        with self._translated(key, conditional=bool(conditions)):
+            reply = self._s3.put_object(
+                Bucket=self.settings.bucket,
+                Key=key,
+                Body=bytes(data),
+                ContentType="application/json",
+                **conditions,
+                **self._write_arguments,
             )
-        return str(stored["ETag"])
+        return str(reply.get("ETag", ""))
 
     def delete_control(self, name: str, *, if_match: str | None = None) -> None:
-        check_control_name(name)
-        condition = {"IfMatch": if_match} if if_match is not None else {}
+        key = self._control_key(name)
         try:
-            with _translated(self._name(name), missing_is_precondition=if_match is not None):
-                self._s3.delete_object(**self._at(name), **condition)
+            with self._translated(key, conditional=if_match is not None):
+                self._s3.delete_object(Bucket=self.settings.bucket, Key=key, **_conditions(if_match=if_match))
         except ObjectNotFound:
-            return
+            pass
 
     def close(self) -> None:
-        with self._guard:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        with self._api_lock:
+            api, self._api = self._api, None
+        if api is not None:
+            api.close()
+
+    # -- requests ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _s3(self) -> Any:
+        """The boto3 client. Made late: looking for credentials may already use the network."""
+        with self._api_lock:
+            if self._api is None:
+                self._api = _make_api(self.settings)
+            return self._api
+
+    def _level_prefix(self, level: int) -> str:
+        # With an empty path the key begins with a slash, as Litestream's do.
+        return f"{self.settings.path}/{level:04x}/"
+
+    def _key(self, info: FileInfo) -> str:
+        return self._level_prefix(info.level) + info.name
+
+    def _control_key(self, name: str) -> str:
+        check_control_name(name)
+        return f"{self.settings.path}/{name}" if self.settings.path else name
+
+    def _name(self, key: str) -> str:
+        return f"s3://{self.settings.bucket}/{key}"
+
+    def _translated(self, key: str, *, conditional: bool = False) -> contextlib.AbstractContextManager[None]:
+        return _translated(self.settings, self._name(key), conditional=conditional)
+
+    def _list_objects(self, prefix: str, *, start_after: str) -> Iterator[Mapping[str, Any]]:
+        arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._list_page_size}
+        if start_after:
+            arguments["StartAfter"] = start_after
+        seen: set[str] = set()
+        while True:
+            with self._translated(prefix):
+                page = self._s3.list_objects_v2(**arguments)
+            yield from page.get("Contents", ())
+            if not page.get("IsTruncated"):
+                return
+            token = str(page.get("NextContinuationToken", ""))
+            if not token or token in seen:
+                raise StorageError(f"store does not finish its listing: {self._name(prefix)}")
+            seen.add(token)
+            arguments["ContinuationToken"] = token
+
+    def _head(self, key: str) -> dict[str, str]:
+        with self._translated(key):
+            reply = self._s3.head_object(Bucket=self.settings.bucket, Key=key, **self._key_arguments)
+        # Some stores give the names back in Title-Case.
+        return {name.lower(): value for name, value in reply.get("Metadata", {}).items()}
+
+    def _with_accurate_time(self, info: FileInfo) -> FileInfo:
+        """Return the file with its header's time. LastModified stays where the store has no such entry or has lost the file meanwhile."""
+        try:
+            text = self._head(self._key(info)).get(_TIMESTAMP, "")
+        except ObjectNotFound:
+            return info
+        when = _parse_time(text)
+        if when is None:
+            return info
+        return FileInfo(level=info.level, min_txid=info.min_txid, max_txid=info.max_txid, size=info.size, created_at=when)
+
+    def _get(self, key: str, offset: int, size: int | None) -> tuple[ReadStream, str]:
+        """Open an object, or a range of it; return the stream and the etag."""
+        arguments = dict(self._key_arguments)
+        if offset or size is not None:
+            arguments["Range"] = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
+        try:
+            with self._translated(key):
+                reply = self._s3.get_object(Bucket=self.settings.bucket, Key=key, **arguments)
+        except _RangeOutside:
+            return BytesIO(b""), ""
+        try:
+            skip, length = self._locate(key, reply, offset, size)
+            stream = _S3Stream(reply["Body"], self._name(key), lambda: self._translated(key), length)
+            stream.skip(skip)
+            return stream, str(reply.get("ETag", ""))
+        except BaseException:
+            reply["Body"].close()
+            raise
+
+    def _locate(self, key: str, reply: Mapping[str, Any], offset: int, size: int | None) -> tuple[int, int]:
+        """Return where in the body of a reply the asked bytes begin, and how many they are."""
+        length = reply.get("ContentLength")
+        if length is None:
+            raise StorageError(f"store does not say how long the object is: {self._name(key)}")
+        if found := _CONTENT_RANGE.fullmatch(str(reply.get("ContentRange", ""))):
+            first, last = int(found[1]), int(found[2])
+            if first != offset or last - first + 1 != length:
+                raise StorageError(f"store answered with another range than asked: {self._name(key)}")
+            return 0, length if size is None else min(length, size)
+        if reply["ResponseMetadata"]["HTTPStatusCode"] == 200 and offset:
+            # Either the whole object (the range was ignored) or the right bytes under the wrong status; only the object's size tells.
+            with self._translated(key):
+                total = self._s3.head_object(Bucket=self.settings.bucket, Key=key, **self._key_arguments)["ContentLength"]
+            rest = max(0, total - offset)
+            wanted = rest if size is None else min(rest, size)
+            if length == total:
+                return min(offset, total), wanted
+            if length != wanted:
+                raise StorageError(f"store answered with another range than asked: {self._name(key)}")
+        return 0, length if size is None else min(length, size)
+
+    def _put_parts(self, key: str, body: Body, size: int, arguments: dict[str, Any], *, if_absent: bool) -> None:
+        """Store a large body in parts, which become visible together at the end. Leaves no parts behind when it fails."""
+        bucket = self.settings.bucket
+        if if_absent:
+            # The condition is checked at the end by the store; this saves sending a large file for nothing.
+            with contextlib.suppress(ObjectNotFound):
+                self._head(key)
+                raise PreconditionFailed(self._name(key))
+        part_size = max(self.settings.part_size, -(-size // _MAX_PARTS))
+        with self._translated(key):
+            upload = self._s3.create_multipart_upload(Bucket=bucket, Key=key, **arguments)["UploadId"]
+        try:
+            with _Parts(body) as parts, ThreadPoolExecutor(self.settings.upload_concurrency, "s3-part") as pool:
+
+                def send(number: int) -> dict[str, object]:
+                    data = parts.read((number - 1) * part_size, min(part_size, size - (number - 1) * part_size))
+                    with self._translated(key):
+                        reply = self._s3.upload_part(
+                            Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data, **self._key_arguments
+                        )
+                    return {"PartNumber": number, "ETag": reply["ETag"]}
+
+                sent = list(pool.map(send, range(1, -(-size // part_size) + 1)))
+            with self._translated(key, conditional=if_absent):
+                self._s3.complete_multipart_upload(
+                    Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": sent}, **_conditions(if_absent=if_absent)
+                )
+        except BaseException:
+            # What remains would be invisible, and paid for. Best effort: a bucket's lifecycle rule is the second net.
+            with contextlib.suppress(ReplicatorError), self._translated(key):
+                self._s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+            raise
+
+    def _delete_batch(self, keys: list[str]) -> None:
+        with self._translated(keys[0]):
+            reply = self._s3.delete_objects(
+                Bucket=self.settings.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            )
+        for error in reply.get("Errors", ()):
+            code = _code(error.get("Code"))
+            if code not in ("NoSuchKey", "404"):
+                raise _from_code(self.settings, self._name(str(error.get("Key", keys[0]))), code, status=0)
 
 
-class _RangeNotSatisfiable(StorageError):
-    """The range begins at or after the end of the object."""
+class _S3Stream:
+    """The body of a reply, which must have the announced length."""
 
-
-class _Empty:
-    """A range past the end."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        return b""
-
-    def close(self) -> None:
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
-        return
-
-
-class _Stream:
-    """The body of a response, cut to what was asked for. A body that ends early is `StorageUnavailable`."""
-
-    def __init__(self, body: Any, name: str, size: int, *, ends: bool) -> None:
-        self._body, self._name, self._rest, self._ends = body, name, size, ends
+    def __init__(self, body: Any, name: str, translated: Callable[[], contextlib.AbstractContextManager[None]], size: int) -> None:
+        self._body, self._name, self._translated, self._rest = body, name, translated, size
 
     def skip(self, size: int) -> None:
-        while size > 0:
-            size -= len(self._raw(min(size, 1 << 20)))
+        """Throw away what a server sent before the asked bytes."""
+        while size:
+            size -= len(self._piece(min(size, _CHUNK)))
 
     def read(self, size: int = -1, /) -> bytes:
-        want = self._rest if size < 0 else min(size, self._rest)
-        if not want:
-            return b""
-        data = self._raw(want)
-        self._rest -= len(data)
-        return data
+        wanted = self._rest if size < 0 else min(size, self._rest)
+        pieces: list[bytes] = []
+        while wanted:
+            piece = self._piece(min(wanted, _CHUNK))
+            pieces.append(piece)
+            self._rest -= len(piece)
+            wanted -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _raw(self, size: int) -> bytes:
-        with _translated(self._name):
-            data = bytes(self._body.read(size))
-        if not data:
-            raise StorageUnavailable(f"the connection ended early: {self._name}")
-        return data
+    def _piece(self, size: int) -> bytes:
+        with self._translated():
+            piece: bytes = self._body.read(size)
+        if not piece:
+            raise StorageUnavailable(f"connection ended before the object did: {self._name}")
+        return piece
 
     def close(self) -> None:
         self._body.close()
@@ -351,68 +385,68 @@ class _Stream:
         self.close()
 
 
-def _part(body: Body, offset: int, size: int) -> bytes:
-    if isinstance(body, Path):
-        file: IO[bytes]
-        with body.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    return bytes(memoryview(body)[offset : offset + size])
+class _Parts:
+    """Any piece of a body, from several threads, one piece in memory for each."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        pass
+
+    def read(self, offset: int, size: int) -> bytes:
+        if isinstance(self._body, Path):
+            with self._body.open("rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(size)
+        else:
+            data = bytes(memoryview(self._body).cast("B")[offset : offset + size])
+        if len(data) != size:
+            raise StorageError(f"file changed while it was uploaded: {self._body if isinstance(self._body, Path) else 'bytes'}")
+        return data
 
 
-def _format_time(timestamp_ms: int) -> str:
-    """RFC 3339 in UTC without trailing zeros of the fraction, as Litestream writes it."""
-    when = created_at(timestamp_ms)
-    fraction = f".{when.microsecond // 1000:03d}".rstrip("0").rstrip(".")
-    return f"{when:%Y-%m-%dT%H:%M:%S}{fraction}Z"
+class _RangeOutside(StorageError):
+    """The asked range begins behind the end of the object."""
 
 
-def _parse_time(text: str) -> datetime | None:
+def _make_api(settings: S3Settings) -> Any:
+    s3: dict[str, Any] = {"payload_signing_enabled": settings.sign_payload}
+    if settings.endpoint or settings.force_path_style is not None:
+        s3["addressing_style"] = "path" if settings.path_style else "virtual"
+    config = Config(
+        user_agent=f"pyrepl/{__version__} boto3/{boto3.__version__}",
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=_READ_TIMEOUT_S,
+        max_pool_connections=_POOL,
+        tcp_keepalive=True,
+        parameter_validation=False,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        s3=s3,
+    )
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
-        return None
-
-
-@contextmanager
-def _translated(name: str, *, missing_is_precondition: bool = False) -> Iterator[None]:
-    """Turn botocore's errors into ours."""
-    import botocore.exceptions as boto
-    import urllib3.exceptions
-
-    try:
-        yield
-    except boto.ClientError as error:
-        raise _error(error.response, name, missing_is_precondition) from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.TokenRetrievalError) as error:
-        raise AccessDenied(name, "no credentials", hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile") from error
-    except boto.NoRegionError as error:
-        raise StorageError(f"no region known for {name}", hint="add ?region=... to the URL or set AWS_REGION") from error
-    except (boto.ParamValidationError, boto.InvalidRegionError, boto.UnknownEndpointError) as error:
-        raise StorageError(f"{name}: {' '.join(str(error).split())}") from error
-    except (boto.BotoCoreError, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-        raise StorageUnavailable(
-            f"store cannot be reached: {name} ({type(error).__name__})", hint="check the endpoint and the network"
-        ) from error
-
-
-def _error(response: Any, name: str, missing_is_precondition: bool) -> StorageError:
-    code = str(response.get("Error", {}).get("Code", ""))
-    message = " ".join(str(response.get("Error", {}).get("Message", "")).split())
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code == "NoSuchBucket":
-        bucket = name.removeprefix("s3://").partition("/")[0]
-        return StorageError(f"bucket does not exist: {bucket}", hint=f"create the bucket {bucket}, or check its name and region")
-    if code in ("NoSuchKey", "404", "NotFound") or status == 404:
-        return PreconditionFailed(name) if missing_is_precondition else ObjectNotFound(name)
-    if code in ("PreconditionFailed", "412") or status == 412:
-        return PreconditionFailed(name)
-    if code == "InvalidRange" or status == 416:
-        return _RangeNotSatisfiable(f"range past the end: {name}")
-    if code == "RequestTimeTooSkewed":
-        return StorageError(f"the store refuses the time of this machine: {name}", hint="set the clock (NTP)")
-    if code in _DENIED or status in (401, 403):
-        return AccessDenied(name, f"access denied ({code})")
-    if code in _AGAIN or status >= 500 or status in (408, 409, 429):
-        return StorageUnavailable(f"store asks to try again ({code or status}): {name}")
-    return StorageError(f"{name}: {code or status} {message}".rstrip())
+        # A session of its own: boto3's default one is not made for several threads.
+        api = boto3.session.Session().client(
+            "s3",
+            region_name=settings.region_name,
+            endpoint_url=settings.endpoint,
+            verify=False if settings.skip_verify else None,
+            aws_access_key_id=settings.access_key_id,
+            aws_secret_access_key=settings.secret_access_key,
+            config=config,
+        )
+    except botocore.exceptions.NoRegionError:
+        # The store names the right region when it is asked in the wrong one, and boto3 then goes there.
+        return _make_api(_replace_region(settings))
+    except (botocore.exceptions.BotoCoreError, ValueError) as exc:
+        raise ConfigError(f"cannot set up S3 for {settings.url}: {type(exc).__name__}", hint=_CREDENTIALS_HINT) from exc
+    if settings.content_md5:
+        api.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    if settings.is_tigris:
+        api.meta.events.register("before-call.s3", _add_tigris_consistency)
+    return api

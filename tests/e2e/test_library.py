@@ -1,0 +1,258 @@
+"""The main job through the library: replicate while an application writes, restore, compare byte for byte."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from replicator import Replicator
+from replicator.errors import ConfigError, DatabaseStateError, EngineRunning, Fenced, ReplicaEmptied, WaitTimeout
+from replicator.format.ltx import TXID, decode_file
+from replicator.storage import open_client
+from replicator.storage.memory import MemoryClient
+from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, txids
+
+TIMEOUT_S = 60
+
+
+@pytest.mark.parametrize("page_size", [512, 4096, 65536])
+def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: Path, page_size: int) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database, page_size=page_size)
+    with Replicator(database, url, min_checkpoint_pages=20) as engine:
+        for step in range(30):
+            insert(application, 20)
+            if step % 10 == 7:
+                application.execute("DELETE FROM t WHERE id % 3 = 0")
+                application.execute("VACUUM")
+            if step % 3 == 0:
+                engine.wait(timeout_s=TIMEOUT_S)
+        engine.wait(timeout_s=TIMEOUT_S)
+        assert engine.status().checkpoints > 0
+        assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+def test_auto_vacuum_shrinks_the_restored_file_too(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database, page_size=1024, auto_vacuum="FULL")
+    with Replicator(database, url) as engine:
+        insert(application, 300)
+        engine.wait(timeout_s=TIMEOUT_S)
+        large = restored(url, tmp_path).stat().st_size
+        application.execute("DELETE FROM t WHERE id > 10")
+        engine.wait(timeout_s=TIMEOUT_S)
+        output = restored(url, tmp_path)
+        assert output.stat().st_size < large
+        assert output.read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+def test_every_txid_is_a_committed_state(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    counts = {}
+    with Replicator(database, url, sync_interval_s=100) as engine:
+        for _ in range(12):
+            insert(application, 3)
+            txid = engine.wait(timeout_s=TIMEOUT_S)
+            counts[txid] = application.execute("SELECT count(*) FROM t").fetchone()[0]
+    assert len(counts) == 12
+    for txid, count in counts.items():
+        connection = sqlite3.connect(restored(url, tmp_path, txid=txid))
+        assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == count
+        connection.close()
+    application.close()
+
+
+def test_nothing_is_added_to_the_schema(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    before = application.execute("SELECT * FROM sqlite_master").fetchall()
+    with Replicator(database, url, min_checkpoint_pages=5) as engine:
+        for _ in range(10):
+            insert(application, 20)
+            engine.wait(timeout_s=TIMEOUT_S)
+    assert application.execute("SELECT * FROM sqlite_master").fetchall() == before
+    connection = sqlite3.connect(restored(url, tmp_path))
+    assert connection.execute("SELECT * FROM sqlite_master").fetchall() == before
+    connection.close()
+    application.close()
+
+
+def test_an_idle_database_makes_no_file_and_no_request(tmp_path: Path) -> None:
+    database = tmp_path / "a.db"
+    application = connect(database)
+    client = MemoryClient()
+    with Replicator(database, client, checkpoint_interval_s=0.01) as engine:
+        insert(application, 3)
+        engine.wait(timeout_s=TIMEOUT_S)
+        stored = list(client.list(0))
+        for _ in range(20):
+            assert engine.wait(timeout_s=TIMEOUT_S) == stored[-1].max_txid
+        assert list(client.list(0)) == stored
+    application.close()
+
+
+def test_a_restart_without_changes_uploads_nothing(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    insert(application, 50)
+    with Replicator(database, url):
+        pass
+    before = txids(url)
+    for _ in range(3):
+        with Replicator(database, url):
+            pass
+    application.close()
+    with Replicator(database, url):
+        pass
+    assert txids(url) == before
+
+
+def test_several_replicas_hold_the_same_and_a_late_one_is_filled(tmp_path: Path) -> None:
+    database = tmp_path / "a.db"
+    first, second = f"file://{tmp_path}/one", f"file://{tmp_path}/two"
+    application = connect(database)
+    with Replicator(database, first) as engine:
+        for _ in range(5):
+            insert(application, 5)
+            engine.wait(timeout_s=TIMEOUT_S)
+    with Replicator(database, first, second) as engine:
+        insert(application, 5)
+        engine.wait(timeout_s=TIMEOUT_S)
+    expected = checkpointed_bytes(database, tmp_path)
+    assert restored(first, tmp_path).read_bytes() == expected
+    assert restored(second, tmp_path).read_bytes() == expected
+    application.close()
+
+
+def test_wait_times_out_while_the_store_is_away_and_the_data_arrives_later(tmp_path: Path) -> None:
+    class Away(MemoryClient):
+        away = False
+
+        def put(self, *args, **options):
+            if self.away:
+                from replicator.errors import StorageUnavailable
+
+                raise StorageUnavailable("away")
+            return super().put(*args, **options)
+
+    database, client = tmp_path / "a.db", Away()
+    application = connect(database)
+    with Replicator(database, client, min_checkpoint_pages=10) as engine:
+        insert(application, 5)
+        engine.wait(timeout_s=TIMEOUT_S)
+        client.away = True
+        for _ in range(5):
+            insert(application, 50)
+        with pytest.raises(WaitTimeout, match="away"):
+            engine.wait(timeout_s=0.3)
+        assert engine.status().state == "degraded"
+        client.away = False
+        engine.wait(timeout_s=TIMEOUT_S)
+        assert engine.status().replicas[0].error is None
+        from replicator.restorer import restore_database
+
+        restore_database(client, tmp_path / "r.db", integrity_check="full")
+        assert (tmp_path / "r.db").read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+def test_a_second_engine_is_refused(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url), pytest.raises(EngineRunning, match=r"a\.db"):
+        Replicator(database, url).start()
+    application.close()
+
+
+def test_another_writer_on_the_replica_stops_us(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    engine = Replicator(database, url).start()
+    insert(application, 5)
+    txid = engine.wait(timeout_s=TIMEOUT_S)
+    client = open_client(url)
+    [*_, newest] = client.list(0)
+    with client.open(newest) as stream:
+        data = stream.read()
+    client.put(0, TXID(txid + 1), TXID(txid + 1), data, timestamp_ms=1)
+    insert(application, 5)
+    with pytest.raises(Fenced):
+        engine.wait(timeout_s=TIMEOUT_S)
+    assert engine.status().state == "failed"
+    with pytest.raises(Fenced):
+        engine.close()
+    application.close()
+
+
+def test_an_emptied_replica_stops_us_and_force_snapshot_begins_anew(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url):
+        insert(application, 5)
+    for path in (tmp_path / "replica/ltx/0").iterdir():
+        path.unlink()
+    with pytest.raises(ReplicaEmptied):
+        Replicator(database, url).start()
+    with Replicator(database, url, force_snapshot=True):
+        pass
+    assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+def test_a_full_image_is_exact_while_commits_and_checkpoints_go_on(tmp_path: Path) -> None:
+    import threading
+
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    insert(application, 3000, size=3000)
+    with Replicator(database, url, min_checkpoint_pages=50) as engine:
+        engine.wait(timeout_s=TIMEOUT_S)
+        taken: list[int] = []
+        thread = threading.Thread(target=lambda: taken.append(engine.snapshot()))
+        thread.start()
+        for number in range(200):
+            application.execute("UPDATE t SET v = randomblob(3000) WHERE id IN (?, ?, ?)", (number * 13 % 3000, 3000 - number, number))
+            if number % 40 == 20:
+                application.execute("DELETE FROM t WHERE id > ?", (3000 - number,))
+            if number % 2:
+                engine.wait(timeout_s=TIMEOUT_S)
+        thread.join()
+        engine.wait(timeout_s=TIMEOUT_S)
+        assert engine.status().checkpoints > 2
+        [txid] = taken
+        assert txids(url, level=9) == [txid]
+        by_snapshot = restored(url, tmp_path, txid=txid).read_bytes()
+        assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    client = open_client(url)
+    client.delete(client.list(9))
+    assert restored(url, tmp_path, txid=txid).read_bytes() == by_snapshot
+    application.close()
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="replica URL"):
+        Replicator(tmp_path / "a.db")
+    engine = Replicator(tmp_path / "a.db", f"file://{tmp_path}/replica")
+    with pytest.raises(DatabaseStateError, match="not running"):
+        engine.wait()
+
+
+def test_files_carry_what_the_next_writer_needs(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url):
+        insert(application, 5)
+    salts = (database.with_name("a.db-wal")).read_bytes()[16:24]
+    client = open_client(url)
+    [*_, newest] = client.list(0)
+    with client.open(newest) as stream:
+        header, _, _ = decode_file(stream.read())
+    assert (header.wal_offset, header.wal_size) == (32, 0)
+    assert header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big") == salts
+    assert header.node_id != 0
+    application.close()
