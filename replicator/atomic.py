@@ -12,6 +12,7 @@ Nothing here knows what is written. Errors are plain `OSError`s; callers say wha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -255,7 +256,5 @@ def _give_name(temporary: str, name: str, directory: int, *, overwrite: bool) ->
 
 
 def _unlink_missing_ok(name: str, directory: int) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
-    except FileNotFoundError:
-        pass

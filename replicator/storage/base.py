@@ -30,7 +30,10 @@ from typing import Protocol, Self, runtime_checkable
 
 from replicator.format.ltx import TXID, FileInfo
 
-__all__ = ["Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata", "created_at"]
+__all__ = ["FROM_START", "Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata", "created_at"]
+
+FROM_START = TXID(0)
+"""`seek` of a listing that begins at the first file."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -78,7 +81,7 @@ class ReplicaClient(Protocol):
     def url(self) -> str:
         """Where this is, for people and logs. Never contains a secret."""
 
-    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+    def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         """Yield the files of a level whose min TXID is at least `seek`, in ascending order.
 
         `created_at` is the cheap time of the listing; with `accurate_times` it is the time of the LTX header that `put` was given.

@@ -29,7 +29,7 @@ from typing import Self
 from replicator.atomic import AtomicFile, link_file, make_directories, sweep, sync_directory, write_all, write_file
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo, parse_name
-from replicator.storage.base import Body, ControlObject, ReadStream, check_control_name, created_at
+from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, created_at
 
 __all__ = ["FileClient"]
 
@@ -80,7 +80,7 @@ class FileClient:
         """Return where a file is, for callers that link or map it."""
         return self.level_path(info.level) / info.name
 
-    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+    def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         folder = self.level_path(level)
         found = []
         with _translated(folder):

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 
 from replicator.errors import ObjectNotFound, PreconditionFailed
 from replicator.format.ltx import TXID, FileInfo
-from replicator.storage.base import Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
+from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
 
 __all__ = ["MemoryClient"]
 
@@ -60,7 +60,7 @@ class MemoryClient:
     def __repr__(self) -> str:
         return f"MemoryClient({self.url!r})"
 
-    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+    def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         with self._store.lock:
             found = [stored.info for stored in self._store.files.values() if stored.info.level == level and stored.info.min_txid >= seek]
         yield from sorted(found, key=lambda info: (info.min_txid, info.max_txid))

@@ -1,28 +1,54 @@
-"""Find out whether a store honours conditional writes. Some accept the headers and ignore them."""
+"""Find out whether a store honours conditional writes. Some accept the headers and ignore them; then nothing fences a second writer."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 
-from replicator.errors import PreconditionFailed, StorageError
+from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.storage.base import ReplicaClient
 
 __all__ = ["probe_conditional_writes"]
 
+# Turns an etag into another one of the same shape: a store may refuse what does not look like one of its own.
+_OTHER_DIGITS = str.maketrans("0123456789abcdefABCDEF", "1032547698badcfeBADCFE")
+
 
 def probe_conditional_writes(client: ReplicaClient) -> bool:
-    """Return True when create-if-absent and replace-if-match both refuse what they must. Four small requests on an object of its own."""
+    """Say whether the store refuses both a second create and a replacement of what is no longer there.
+
+    Four small requests on a control object of its own, `pyrepl/probe-<random>`, which is deleted at the end; a crash leaves it behind, a few
+    bytes that nobody reads.
+
+    Raises:
+        StorageError: the store cannot be written at all, or does not answer.
+    """
     name = f"pyrepl/probe-{secrets.token_hex(8)}"
-    client.put_control(name, b"1", if_absent=True)
     try:
-        for condition in ({"if_absent": True}, {"if_match": '"0123456789abcdef0123456789abcdef"'}):
-            try:
-                client.put_control(name, b"2", **condition)  # type: ignore[arg-type]
-            except PreconditionFailed:
-                continue
+        etag = client.put_control(name, b"1", if_absent=True)
+    except (AccessDenied, ObjectNotFound, StorageUnavailable):
+        raise
+    except StorageError:
+        # Some stores refuse the header itself ("not implemented"). Then a plain write works; if not, its error is the one to report.
+        client.put_control(name, b"1")
+        _clean_up(client, name)
+        return False
+    try:
+        try:
+            client.put_control(name, b"2", if_absent=True)
+        except PreconditionFailed:
+            pass
+        else:
             return False
-        return True
+        try:
+            client.put_control(name, b"3", if_match=etag.translate(_OTHER_DIGITS))
+        except PreconditionFailed:
+            return True
+        return False
     finally:
-        with contextlib.suppress(StorageError):
-            client.delete_control(name)
+        _clean_up(client, name)
+
+
+def _clean_up(client: ReplicaClient, name: str) -> None:
+    with contextlib.suppress(StorageError):
+        client.delete_control(name)

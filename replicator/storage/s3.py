@@ -25,7 +25,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import BytesIO
@@ -40,9 +40,17 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from replicator import __version__
-from replicator.errors import AccessDenied, ConfigError, ObjectNotFound, PreconditionFailed, ReplicatorError, StorageError, StorageUnavailable
+from replicator.errors import (
+    AccessDenied,
+    ConfigError,
+    ObjectNotFound,
+    PreconditionFailed,
+    ReplicatorError,
+    StorageError,
+    StorageUnavailable,
+)
 from replicator.format.ltx import TXID, FileInfo, format_name, format_txid, parse_name
-from replicator.storage.base import Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
+from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
 from replicator.storage.url import S3Settings
 
 __all__ = ["S3Client"]
@@ -60,15 +68,40 @@ _MAX_CONTROL_SIZE = 1 << 20
 _CHUNK = 1 << 20
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
-_ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9.]{0,63}")
+_ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9.]{0,63}|[0-9]{3}")
 
 _DENIED = frozenset(
-    "403 401 AccessDenied Forbidden InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired "
-    "AccountProblem AllAccessDisabled InvalidSecurity NotSignedUp MissingSecurityHeader AuthorizationHeaderMalformed UnauthorizedAccess".split()
+    {
+        "AccessDenied",
+        "AccountProblem",
+        "AllAccessDisabled",
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "Forbidden",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",
+        "InvalidToken",
+        "MissingSecurityHeader",
+        "NotSignedUp",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnauthorizedAccess",
+    }
 )
 _BUSY = frozenset(
-    "SlowDown ServiceUnavailable InternalError RequestTimeout RequestCanceled Throttling ThrottlingException RequestLimitExceeded "
-    "TooManyRequests ConditionalRequestConflict OperationAborted Busy".split()
+    {
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "RequestCanceled",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
 )
 _CREDENTIALS_HINT = "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile), the region and the bucket's policy"
 
@@ -102,7 +135,7 @@ class S3Client:
 
     # -- LTX files ---------------------------------------------------------------------------------------------------------------
 
-    def list(self, level: int, *, seek: TXID = TXID(0), accurate_times: bool = False) -> Iterator[FileInfo]:
+    def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         # Gathered and sorted, not streamed: stores exist that list out of order or repeat a name at the edge of a page.
         found: dict[str, FileInfo] = {}
         prefix = self._level_prefix(level)
@@ -315,10 +348,10 @@ class S3Client:
         with self._translated(key):
             upload = self._s3.create_multipart_upload(Bucket=bucket, Key=key, **arguments)["UploadId"]
         try:
-            with _Parts(body) as parts, ThreadPoolExecutor(self.settings.upload_concurrency, "s3-part") as pool:
+            with ThreadPoolExecutor(self.settings.upload_concurrency, "s3-part") as pool:
 
                 def send(number: int) -> dict[str, object]:
-                    data = parts.read((number - 1) * part_size, min(part_size, size - (number - 1) * part_size))
+                    data = _piece_of(body, (number - 1) * part_size, min(part_size, size - (number - 1) * part_size))
                     with self._translated(key):
                         reply = self._s3.upload_part(
                             Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data, **self._key_arguments
@@ -336,11 +369,9 @@ class S3Client:
                 self._s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
             raise
 
-    def _delete_batch(self, keys: list[str]) -> None:
+    def _delete_batch(self, keys: Sequence[str]) -> None:
         with self._translated(keys[0]):
-            reply = self._s3.delete_objects(
-                Bucket=self.settings.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
-            )
+            reply = self._s3.delete_objects(Bucket=self.settings.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
         for error in reply.get("Errors", ()):
             code = _code(error.get("Code"))
             if code not in ("NoSuchKey", "404"):
@@ -385,30 +416,6 @@ class _S3Stream:
         self.close()
 
 
-class _Parts:
-    """Any piece of a body, from several threads, one piece in memory for each."""
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
-        pass
-
-    def read(self, offset: int, size: int) -> bytes:
-        if isinstance(self._body, Path):
-            with self._body.open("rb", buffering=0) as file:
-                file.seek(offset)
-                data = file.read(size)
-        else:
-            data = bytes(memoryview(self._body).cast("B")[offset : offset + size])
-        if len(data) != size:
-            raise StorageError(f"file changed while it was uploaded: {self._body if isinstance(self._body, Path) else 'bytes'}")
-        return data
-
-
 class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
 
@@ -427,7 +434,7 @@ def _make_api(settings: S3Settings) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        s3=s3,
+        s3=s3,  # type: ignore[arg-type]
     )
     try:
         # A session of its own: boto3's default one is not made for several threads.
@@ -440,9 +447,6 @@ def _make_api(settings: S3Settings) -> Any:
             aws_secret_access_key=settings.secret_access_key,
             config=config,
         )
-    except botocore.exceptions.NoRegionError:
-        # The store names the right region when it is asked in the wrong one, and boto3 then goes there.
-        return _make_api(_replace_region(settings))
     except (botocore.exceptions.BotoCoreError, ValueError) as exc:
         raise ConfigError(f"cannot set up S3 for {settings.url}: {type(exc).__name__}", hint=_CREDENTIALS_HINT) from exc
     if settings.content_md5:
@@ -450,3 +454,120 @@ def _make_api(settings: S3Settings) -> Any:
     if settings.is_tigris:
         api.meta.events.register("before-call.s3", _add_tigris_consistency)
     return api
+
+
+def _add_content_md5(params: dict[str, Any], **_: object) -> None:
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _add_tigris_consistency(params: dict[str, Any], **_: object) -> None:
+    params["headers"]["X-Tigris-Consistent"] = "true"
+
+
+def _customer_key(settings: S3Settings) -> dict[str, Any]:
+    """Return what every request for an object needs when it is encrypted with the customer's key; boto3 adds the key's MD5."""
+    if settings.sse_customer_key is None:
+        return {}
+    return {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": base64.b64decode(settings.sse_customer_key)}
+
+
+def _conditions(*, if_match: str | None = None, if_absent: bool = False) -> dict[str, str]:
+    conditions = {"IfNoneMatch": "*"} if if_absent else {}
+    return conditions if if_match is None else {**conditions, "IfMatch": if_match}
+
+
+def _piece_of(body: Body, offset: int, size: int) -> bytes:
+    """Return a piece of a body; may be called from several threads."""
+    if not isinstance(body, Path):
+        return bytes(memoryview(body).cast("B")[offset : offset + size])
+    with body.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise StorageError(f"file became shorter while it was uploaded: {body}")
+    return data
+
+
+def _format_time(when: datetime) -> str:
+    """RFC 3339 in UTC, milliseconds, without trailing zeros: `2026-11-23T14:31:44.39Z`."""
+    text = when.strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f"{when.microsecond // 1000:03d}".rstrip("0")
+    return f"{text}.{fraction}Z" if fraction else f"{text}Z"
+
+
+def _parse_time(text: str) -> datetime | None:
+    """Return the time, or None when there is none that can be read. Any number of digits in the fraction."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+
+
+@contextlib.contextmanager
+def _translated(settings: S3Settings, name: str, *, conditional: bool) -> Iterator[None]:
+    """Turn boto3's errors into ours at the border."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as exc:
+        raise _from_reply(settings, name, exc.response, conditional=conditional) from exc
+    except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as exc:
+        raise _from_failure(settings, name, exc) from exc
+
+
+def _from_reply(settings: S3Settings, name: str, reply: Mapping[str, Any], *, conditional: bool) -> StorageError:
+    about = reply.get("ResponseMetadata", {})
+    status, headers = int(about.get("HTTPStatusCode", 0)), about.get("HTTPHeaders", {})
+    code = _code(reply.get("Error", {}).get("Code"))
+    if conditional and (code in ("PreconditionFailed", "412") or status == 412 or (status == 404 and code in ("NoSuchKey", "404"))):
+        if about.get("RetryAttempts", 0):
+            return StorageUnavailable(f"conditional write was sent twice and its outcome is unknown: {name}")
+        return PreconditionFailed(name)
+    if code == "RequestTimeTooSkewed":
+        theirs = re.sub(r"[^A-Za-z0-9:, -]", "", str(headers.get("date", "")))[:40]
+        here = f"{datetime.now(UTC):%a, %d %b %Y %H:%M:%S} GMT"
+        clocks = f"store: {theirs or 'unknown'}, here: {here}"
+        return StorageError(f"clock of this machine differs too much from the store's ({clocks}): {name}", hint="set the clock (NTP)")
+    if code == "NoSuchUpload":
+        # Ours is gone: finished by a request whose reply was lost, or aborted by a rule of the bucket.
+        return StorageUnavailable(f"upload is no longer known to the store and its outcome is unknown: {name}")
+    return _from_code(settings, name, code, status)
+
+
+def _from_code(settings: S3Settings, name: str, code: str, status: int) -> StorageError:
+    if code == "NoSuchBucket":
+        where = f" at {settings.endpoint}" if settings.endpoint else ""
+        hint = f"create the bucket {settings.bucket}, or check its name, the region and the endpoint"
+        return StorageError(f"bucket does not exist: {settings.bucket}{where}", hint=hint)
+    if code in ("NoSuchKey", "404") or (status == 404 and not code):
+        return ObjectNotFound(name)
+    if code == "InvalidRange" or status == 416:
+        return _RangeOutside(f"range lies outside the object: {name}")
+    if code in _DENIED or status in (401, 403):
+        return AccessDenied(name, f"access denied ({code or status})", hint=_CREDENTIALS_HINT)
+    if code in _BUSY or status in (408, 409, 425, 429) or (status >= 500 and status != 501):
+        return StorageUnavailable(f"store asks to try later ({code or status}): {name}")
+    return StorageError(f"store refused ({code or status}): {name}")
+
+
+def _from_failure(settings: S3Settings, name: str, exc: Exception) -> StorageError:
+    """Translate a request that got no whole reply."""
+    errors = botocore.exceptions
+    if isinstance(
+        exc, errors.NoCredentialsError | errors.PartialCredentialsError | errors.CredentialRetrievalError | errors.TokenRetrievalError
+    ):
+        return AccessDenied(name, "no usable credentials", hint=_CREDENTIALS_HINT)
+    if isinstance(exc, errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
+        hint = "set AWS_CA_BUNDLE to the authority's certificate, or skip-verify for a test"
+        return StorageError(f"certificate of the store is not trusted: {settings.host or name}", hint=hint)
+    if isinstance(exc, errors.HTTPClientError | errors.IncompleteReadError | urllib3.exceptions.HTTPError | OSError):
+        where = urlsplit(settings.endpoint).netloc if settings.endpoint else "AWS"
+        return StorageUnavailable(f"no whole answer from {where} ({type(exc).__name__}): {name}")
+    return StorageError(f"request cannot be made ({type(exc).__name__}): {name}", hint="check the settings of the replica")
+
+
+def _code(value: object) -> str:
+    """Return an error code of the store, or an empty string for what is none: it comes from outside and goes into messages."""
+    text = str(value or "")
+    return text if _ERROR_CODE.fullmatch(text) else ""

@@ -93,7 +93,8 @@ def file_path(url: str) -> str:
 class S3Settings:
     """Where an S3 replica is and how to talk to the store. `None` means: not said, the provider's default holds.
 
-    Secrets are left out of the representation. `endpoint` has a scheme (see `endpoint_url`).
+    Secrets are left out of the representation. `endpoint` has a scheme (see `endpoint_url`). `sign_accept_encoding` is accepted and without
+    effect: boto3 never signs that header.
 
     Raises:
         ConfigError: by the constructor, for values that cannot work, so that it happens at the start and not at the first upload.
@@ -150,7 +151,11 @@ class S3Settings:
             raise ConfigError("sse-customer-key needs an https endpoint", hint="the key itself travels with every request")
 
     def with_environment(self, environ: Mapping[str, str]) -> Self:
-        """Return the settings with Litestream's own credential variables filled in where the settings and AWS's variables have none."""
+        """Return the settings with what boto3 does not read itself: AWS_REGION, and Litestream's own credential variables where the settings
+        and AWS's variables have none.
+        """
+        if not self.region and not self.endpoint and environ.get("AWS_REGION"):
+            return replace(self, region=environ["AWS_REGION"]).with_environment(environ)
         if self.access_key_id or self.secret_access_key:
             return self
         if not any(environ.get(f"LITESTREAM_{name}") and not environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")):
@@ -180,13 +185,6 @@ class S3Settings:
     def content_md5(self) -> bool:
         """Whether a batch delete carries Content-MD5."""
         return not self.is_tigris if self.require_content_md5 is None else self.require_content_md5
-
-    @property
-    def signs_accept_encoding(self) -> bool:
-        """Whether the signature covers Accept-Encoding, which Google's front ends change on the way."""
-        if self.sign_accept_encoding is not None:
-            return self.sign_accept_encoding
-        return not (self.host.endswith(".googleapis.com") and "storage" in self.host.partition(".")[0].split("-"))
 
     @property
     def upload_concurrency(self) -> int:
