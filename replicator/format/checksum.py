@@ -33,7 +33,7 @@ _PGNO = struct.Struct(">I").pack
 
 def crc64(data: Bytes, crc: int = 0) -> int:
     """Return the CRC of `data`, continuing from the CRC of what came before; without the flag bit."""
-    return go_iso(data, crc) if crc else go_iso(data)
+    return go_iso(data, crc)
 
 
 def page_checksum(pgno: int, page: Bytes) -> int:

@@ -32,16 +32,16 @@ from __future__ import annotations
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NewType
 
 import lz4.block
 from fastcrc.crc64 import go_iso
 
 from replicator.errors import ChecksumMismatch, FormatError, Truncated
-from replicator.format.checksum import CHECKSUM_FLAG
+from replicator.format.checksum import CHECKSUM_FLAG, page_checksum
 from replicator.format.sqlite import is_page_size, lock_pgno
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LTX_HEADER_SIZE",
+    "MAX_LEVEL",
     "NO_CHECKSUM",
     "SNAPSHOT_LEVEL",
     "TRAILER_SIZE",
@@ -77,18 +78,19 @@ __all__ = [
 TXID = NewType("TXID", int)
 LTX_HEADER_SIZE = 100
 TRAILER_SIZE = 16
-SNAPSHOT_LEVEL = 9
+MAX_LEVEL = SNAPSHOT_LEVEL = 9
 NO_CHECKSUM = 0x2
 MAGIC = b"LTX1"
 BLOCK = 0x1
 END_MARKER = bytes(6)
 WRITE_BYTES = 1 << 18
-MAX_TXID = (1 << 64) - 1
+INDEX_BATCH = 1 << 16
 _HEADER = struct.Struct(">4sIIIQQqQqqIIQ20s")
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.ltx", re.ASCII)
 _PAGE = struct.Struct(">IHI")
 _PAGE_START = struct.Struct(">IH")
 _TRAILER = struct.Struct(">QQ")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LZ4_FRAME_MAGIC = 0x184D2204
 
 Bytes = bytes | bytearray | memoryview
@@ -161,7 +163,11 @@ class Header:
 
     @property
     def created_at(self) -> datetime:
-        return datetime.fromtimestamp(self.timestamp_ms / 1000, UTC)
+        """The timestamp as an aware datetime. Raises `FormatError` when it lies outside the years 1 to 9999."""
+        try:
+            return _EPOCH + timedelta(milliseconds=self.timestamp_ms)
+        except OverflowError as error:
+            raise FormatError(f"invalid timestamp: {self.timestamp_ms} ms") from error
 
     def encode(self) -> bytes:
         """Return the 100 bytes."""
@@ -230,18 +236,25 @@ class PageIndex:
 
 def encode_index(index: PageIndex) -> bytes:
     """Return the entries and the terminating zero byte, without the size."""
+    # In batches: the groups of a value take 80 bytes here, and a file may have millions of pages.
+    parts = [
+        _encode_varints(index.pgnos[start:stop], index.offsets[start:stop], index.sizes[start:stop])
+        for start, stop in _batches(len(index.pgnos), INDEX_BATCH)
+    ]
+    return b"".join([*parts, b"\0"])
+
+
+def _encode_varints(pgnos: NDArray[np.int64], offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
     import numpy as np
 
-    values = np.stack([index.pgnos, index.offsets, index.sizes], axis=1).reshape(-1).astype(np.uint64)
-    if not len(values):
-        return b"\0"
-    groups = (values[:, None] >> np.arange(0, 70, 7, dtype=np.uint64).clip(max=63)) & np.uint64(0x7F)
-    groups[:, 9] = values >> np.uint64(63)
-    length = np.maximum(10 - (groups[:, ::-1] != 0).argmax(axis=1), 1)
-    length[values == 0] = 1
-    place = np.arange(10)
-    groups |= np.where(place < length[:, None] - 1, np.uint64(0x80), np.uint64(0))
-    return groups.astype(np.uint8)[place < length[:, None]].tobytes() + b"\0"
+    values = np.stack([pgnos, offsets, sizes], axis=1).reshape(-1)
+    groups = values[:, None] >> np.arange(0, 63, 7)
+    used = groups != 0
+    used[:, 0] = True
+    groups &= 0x7F
+    groups[:, :-1] |= used[:, 1:].astype(np.int64) << 7
+    encoded: bytes = groups.astype(np.uint8)[used].tobytes()
+    return encoded
 
 
 def decode_index(data: Bytes) -> PageIndex:
@@ -255,17 +268,26 @@ def decode_index(data: Bytes) -> PageIndex:
     ends = (raw < 0x80).nonzero()[0]
     if len(ends) % 3 or (len(raw) and (not len(ends) or ends[-1] != len(raw) - 1)):
         raise FormatError("page index has an incomplete entry")
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1] + 1]) if len(ends) else ends
-    lengths = ends - starts + 1
-    if len(lengths) and lengths.max() > 8:
-        raise FormatError("page index has a number that is too large")
-    shift = (np.arange(len(raw)) - np.repeat(starts, lengths)) * 7
-    parts = (raw.astype(np.int64) & 0x7F) << shift
-    values = np.add.reduceat(parts, starts) if len(starts) else parts
+    values = np.zeros(len(ends), dtype=np.int64)
+    for start, stop in _batches(len(ends), 3 * INDEX_BATCH):
+        last = ends[start:stop]
+        first = np.concatenate([[ends[start - 1] + 1 if start else 0], last[:-1] + 1])
+        longest = int((last - first).max()) + 1
+        if longest > 8:
+            raise FormatError("page index has a number that is too large")
+        part = values[start:stop]
+        for place in range(longest):
+            here = first + place
+            part |= np.where(here <= last, raw[np.minimum(here, last)] & 0x7F, 0).astype(np.int64) << (7 * place)
     table = values.reshape(-1, 3)
-    if (table[:, 0] == 0).any() or (len(table) > 1 and (np.diff(table[:, 0]) <= 0).any()):
+    pgnos = table[:, 0].copy()
+    if len(pgnos) and (pgnos[0] == 0 or (pgnos[1:] <= pgnos[:-1]).any()):
         raise FormatError("page index is not in ascending order")
-    return PageIndex(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
+    return PageIndex(pgnos, table[:, 1].copy(), table[:, 2].copy())
+
+
+def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
 def index_range(file_size: int, tail: Bytes) -> tuple[int, int]:
@@ -298,12 +320,12 @@ class Encoder:
             raise FormatError("only files without tracked checksums are written")
         self._write = write
         self._header = header
-        self._lock = lock_pgno(header.page_size)
+        self._commit, self._page_size, self._lock = header.commit, header.page_size, lock_pgno(header.page_size)
         self._last = 0
         start = header.encode()
         self._crc = go_iso(start)
-        self._offset = len(start)
-        self._parts = [start]
+        self._written = 0
+        self._parts: list[Bytes] = [start]
         self._waiting = len(start)
         self._pgnos, self._sizes = array("I"), array("I")
 
@@ -313,20 +335,18 @@ class Encoder:
 
     def block(self, pgno: int, block: Bytes, page: Bytes) -> None:
         """Write one page that is compressed already: `block` is the raw LZ4 block of `page`."""
-        header = self._header
-        if pgno <= self._last or pgno == self._lock or pgno > header.commit or len(page) != header.page_size:
-            self._refuse(pgno, len(page))
-        if header.min_txid == 1 and pgno != self._last + 1 and not (self._last + 1 == self._lock and pgno == self._lock + 1):
-            raise FormatError("nonsequential page numbers in snapshot transaction")
+        # The page that follows its predecessor passes with four comparisons; all else is looked at closely.
+        if pgno != self._last + 1 or pgno == self._lock or pgno > self._commit or len(page) != self._page_size:
+            self._check(pgno, len(page))
         self._last = pgno
         size = len(block)
         start = _PAGE.pack(pgno, BLOCK, size)
         self._crc = go_iso(page, go_iso(start, self._crc))
+        size += 10
         self._parts += (start, block)
         self._pgnos.append(pgno)
-        self._sizes.append(size + 10)
-        self._offset += size + 10
-        self._waiting += size + 10
+        self._sizes.append(size)
+        self._waiting += size
         if self._waiting >= WRITE_BYTES:
             self._flush()
 
@@ -345,14 +365,16 @@ class Encoder:
         end = END_MARKER + index + struct.pack(">Q", len(index)) + bytes(8)
         checksum = CHECKSUM_FLAG | go_iso(end, self._crc)
         self._parts += (end, checksum.to_bytes(8, "big"))
+        self._waiting += len(end) + 8
         self._flush()
-        return EncodedFile(self._offset + len(end) + 8, checksum, len(pgnos))
+        return EncodedFile(self._written, checksum, len(pgnos))
 
     def _flush(self) -> None:
         self._write(b"".join(self._parts))
+        self._written += self._waiting
         self._parts, self._waiting = [], 0
 
-    def _refuse(self, pgno: int, size: int) -> None:
+    def _check(self, pgno: int, size: int) -> None:
         if pgno <= 0:
             raise FormatError("page number required")
         if pgno == self._lock:
@@ -361,7 +383,10 @@ class Encoder:
             raise FormatError(f"page number {pgno} out-of-bounds for commit size {self._header.commit}")
         if pgno <= self._last:
             raise FormatError(f"out-of-order page numbers: {self._last},{pgno}")
-        raise FormatError(f"invalid page buffer size: {size}, expecting {self._header.page_size}")
+        if size != self._page_size:
+            raise FormatError(f"invalid page buffer size: {size}, expecting {self._page_size}")
+        if self._header.is_snapshot and not (pgno == self._last + 2 and self._last + 1 == self._lock):
+            raise FormatError("nonsequential page numbers in snapshot transaction")
 
 
 def encode_file(header: Header, pages: Iterable[tuple[int, Bytes]]) -> bytes:
@@ -392,6 +417,8 @@ class Decoder:
         self._lock = 0
         self._bound = 0
         self._ended = False
+        self._tracked = False  # a snapshot with checksums: its post-apply checksum can be computed from its pages
+        self._database_checksum = CHECKSUM_FLAG
         self._pgnos, self._offsets, self._sizes = array("I"), array("Q"), array("I")
 
     def feed(self, data: Bytes) -> list[DecodedPage]:
@@ -411,6 +438,9 @@ class Decoder:
             at = LTX_HEADER_SIZE
         if not self._ended:
             at = self._pages(buffer, at, pages)
+            if self._tracked:
+                for pgno, page, _ in pages:
+                    self._database_checksum = CHECKSUM_FLAG | (self._database_checksum ^ page_checksum(pgno, page))
         self._offset += at
         self._rest = buffer[at:]
         if self._ended and len(self._rest) > 30 * len(self._pgnos) + 1 + 24:
@@ -438,6 +468,8 @@ class Decoder:
                 raise FormatError("post-apply checksum not allowed")
         elif not trailer.post_apply_checksum & CHECKSUM_FLAG:
             raise FormatError("post-apply checksum required")
+        elif self._tracked and trailer.post_apply_checksum != self._database_checksum:
+            raise ChecksumMismatch("post-apply", expected=trailer.post_apply_checksum, got=self._database_checksum)
         size = int.from_bytes(end[-TRAILER_SIZE - 8 : -TRAILER_SIZE], "big")
         index = end[: -TRAILER_SIZE - 8]
         if size != len(index):
@@ -461,6 +493,7 @@ class Decoder:
         header.validate()
         self._crc = go_iso(buffer[:LTX_HEADER_SIZE])
         self._lock = lock_pgno(header.page_size)
+        self._tracked = header.is_snapshot and not header.flags & NO_CHECKSUM
         self._bound = header.page_size + header.page_size // 255 + 16
         self.header = header
 
@@ -469,15 +502,17 @@ class Decoder:
         assert header is not None
         decompress, page_size, bound, crc, base = lz4.block.decompress, header.page_size, self._bound, self._crc, self._offset
         unpack, end, keep, last = _PAGE.unpack_from, len(buffer), self._keep, self._last
+        lock, commit = self._lock, header.commit
         add_pgno, add_offset, add_size, add = self._pgnos.append, self._offsets.append, self._sizes.append, pages.append
         try:
-            while at + 10 <= end or (at + 6 <= end and buffer[at : at + 6] == END_MARKER):
-                if buffer[at : at + 6] == END_MARKER:
-                    crc = go_iso(END_MARKER, crc)
-                    self._ended = True
-                    return at + 6
+            # Ten bytes are there even at the end marker: index, size and trailer follow it.
+            while at + 10 <= end:
                 pgno, flags, size = unpack(buffer, at)
-                if pgno != last + 1 or pgno == self._lock or pgno > header.commit:
+                if pgno != last + 1 or pgno == lock or pgno > commit:
+                    if pgno == 0 and flags == 0:
+                        crc = go_iso(END_MARKER, crc)
+                        self._ended = True
+                        return at + 6
                     self._check(pgno, last)
                 if flags == BLOCK:
                     if size > bound:
@@ -507,7 +542,7 @@ class Decoder:
                 add_size(stop - at)
                 last = pgno
                 at = stop
-        except (lz4.block.LZ4BlockError, ValueError) as error:
+        except lz4.block.LZ4BlockError as error:
             raise FormatError(f"page {pgno} does not decompress: {error}") from error
         finally:
             self._crc, self._last = crc, last

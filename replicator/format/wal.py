@@ -33,6 +33,8 @@ __all__ = [
     "WALHeader",
     "decode_frame_header",
     "decode_wal_header",
+    "frame_count",
+    "frame_offset",
     "frame_size",
     "newest_frames",
     "scan_frames",
@@ -49,6 +51,16 @@ _FRAME = struct.Struct(">6I")
 def frame_size(page_size: int) -> int:
     """Return the bytes of one frame."""
     return FRAME_HEADER_SIZE + page_size
+
+
+def frame_offset(index: int, page_size: int) -> int:
+    """Return the byte offset in the file of frame `index`, counted from 0."""
+    return WAL_HEADER_SIZE + index * (FRAME_HEADER_SIZE + page_size)
+
+
+def frame_count(wal_size_bytes: int, page_size: int) -> int:
+    """Return how many whole frames a file of that size can hold; whether they are valid, only `scan_frames` knows."""
+    return max(0, wal_size_bytes - WAL_HEADER_SIZE) // (FRAME_HEADER_SIZE + page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +122,11 @@ class FrameHeader:
         return _FRAME.pack(self.pgno, self.commit, self.salt1, self.salt2, self.checksum1, self.checksum2)
 
 
-def decode_frame_header(data: bytes | memoryview) -> FrameHeader:
+def decode_frame_header(data: bytes | memoryview, offset: int = 0) -> FrameHeader:
     """Decode the 24 bytes, big-endian, that precede a page. Raises `Truncated`. Source: SQLite file format, section 4.1."""
-    if len(data) < FRAME_HEADER_SIZE:
-        raise Truncated(f"frame header has {len(data)} of {FRAME_HEADER_SIZE} bytes")
-    return FrameHeader(*_FRAME.unpack_from(data))
+    if len(data) - offset < FRAME_HEADER_SIZE:
+        raise Truncated(f"frame header has {max(0, len(data) - offset)} of {FRAME_HEADER_SIZE} bytes")
+    return FrameHeader(*_FRAME.unpack_from(data, offset))
 
 
 @dataclass(frozen=True, slots=True)
