@@ -184,7 +184,7 @@ def test_foreign_names_in_a_level_are_ignored(client: ReplicaClient, kind: str, 
             (tmp_path / "replica/ltx/0" / name).write_bytes(b"")
     elif kind != "memory":
         for name in ("0000/x", "0000/0000000000000001-0000000000000001.ltx.tmp", "0000/sub/0000000000000002-0000000000000002.ltx"):
-            client._s3.put_object(**client._at(name), Body=b"foreign")
+            client._s3.put_object(Bucket=client.settings.bucket, Key=f"{client.settings.path}/{name}", Body=b"foreign")
     assert names(client) == [(1, 1)]
 
 
