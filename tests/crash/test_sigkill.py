@@ -1,0 +1,60 @@
+"""kill -9 at random moments: nothing acknowledged is lost, and the next start is exact."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from replicator import Replicator
+from tests.e2e.databases import checkpointed_bytes, connect, restored
+
+CHILD = """
+import sqlite3, sys
+from replicator import Replicator
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+with Replicator(sys.argv[1], sys.argv[2], sync_interval_s=0.001, min_checkpoint_pages=30) as engine:
+    for number in range(100000):
+        connection.execute("INSERT INTO t(v) VALUES(randomblob(700))")
+        if number % 3 == 0:
+            engine.wait(timeout_s=60)
+            print(connection.execute("SELECT max(id) FROM t").fetchone()[0], flush=True)
+"""
+
+
+def kill_rounds(folder: Path, rounds: int) -> None:
+    database, url = folder / "a.db", f"file://{folder}/replica"
+    connect(database).close()
+    source = random.Random(7)
+    for _ in range(rounds):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(database), url], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        acknowledged = 0
+        for _ in range(source.randrange(1, 60)):
+            acknowledged = int(child.stdout.readline())
+        child.send_signal(signal.SIGKILL)
+        acknowledged = max([acknowledged, *(int(line) for line in child.stdout.read().split("\n")[:-1])])
+        child.wait()
+        child.stdout.close()
+        connection = sqlite3.connect(restored(url, folder))
+        assert connection.execute("SELECT max(id) FROM t").fetchone()[0] >= acknowledged
+        connection.close()
+    with Replicator(database, url) as engine:
+        engine.wait(timeout_s=60)
+        assert restored(url, folder).read_bytes() == checkpointed_bytes(database, folder)
+    left = [path.name for path in folder.rglob("*") if ".tmp" in path.name]
+    assert left == []
+
+
+def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_sixty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 60)
