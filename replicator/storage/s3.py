@@ -60,6 +60,7 @@ _OWN_METADATA = "pyrepl-"
 _ATTEMPTS = 4
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60
+_SINGLE_PUT_BYTES = 64 << 20
 _POOL = 32
 _HEAD_THREADS = 16
 _DELETE_BATCH = 1000
@@ -111,18 +112,24 @@ class S3Client:
 
     Args:
         settings: where it is, and how to talk to the store.
-        api: a boto3 S3 client to use instead of an own one, made from the settings at the first request.
-        list_page_size: how many names a page of a listing holds.
+        page_size: how many names a page of a listing holds.
+        single_put_bytes: larger files are sent in parts; one request is cheaper, and files are streamed, so memory is no reason.
+        max_attempts: tries of one request, the first included.
     """
 
     kind = "s3"
 
-    def __init__(self, settings: S3Settings, *, api: Any = None, list_page_size: int = 1000) -> None:
+    def __init__(
+        self, settings: S3Settings, *, page_size: int = 1000, single_put_bytes: int = _SINGLE_PUT_BYTES, max_attempts: int = _ATTEMPTS
+    ) -> None:
         self.settings = settings
         self.url = settings.url
-        self._list_page_size = list_page_size
-        self._api = api
+        self._page_size = page_size
+        self._single_put_bytes = single_put_bytes
+        self._max_attempts = max_attempts
+        self._api: Any = None
         self._api_lock = threading.Lock()
+        self._path_is_doubtful = settings.path in ("", ".")
         self._key_arguments = _customer_key(settings)
         self._write_arguments = dict(self._key_arguments)
         if settings.storage_class:
@@ -178,13 +185,13 @@ class S3Client:
             **self._write_arguments,
         }
         size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
-        if size <= self.settings.part_size:
-            data = body.read_bytes() if isinstance(body, Path) else bytes(body)
-            with self._translated(key, conditional=if_absent):
-                self._s3.put_object(Bucket=self.settings.bucket, Key=key, Body=data, **_conditions(if_absent=if_absent), **arguments)
-            size = len(data)
-        else:
+        if size > self._single_put_bytes:
             self._put_parts(key, body, size, arguments, if_absent=if_absent)
+        else:
+            with body.open("rb") if isinstance(body, Path) else BytesIO(body) as data, self._translated(key, conditional=if_absent):
+                self._s3.put_object(Bucket=self.settings.bucket, Key=key, Body=data, **_conditions(if_absent=if_absent), **arguments)
+        if self._path_is_doubtful:
+            self._check_path(key)
         return FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=size, created_at=when)
 
     def metadata(self, info: FileInfo) -> dict[str, str]:
@@ -241,7 +248,7 @@ class S3Client:
         """The boto3 client. Made late: looking for credentials may already use the network."""
         with self._api_lock:
             if self._api is None:
-                self._api = _make_api(self.settings)
+                self._api = _make_api(self.settings, max_attempts=self._max_attempts)
             return self._api
 
     def _level_prefix(self, level: int) -> str:
@@ -258,11 +265,19 @@ class S3Client:
     def _name(self, key: str) -> str:
         return f"s3://{self.settings.bucket}/{key}"
 
+    def _check_path(self, key: str) -> None:
+        """Find out once whether a store keeps a key that begins with `/` or `./` as it is. Some store it under another name, and then list
+        nothing: the replica would look empty.
+        """
+        if not any(entry["Key"] == key for entry in self._list_objects(key, start_after="")):
+            raise StorageError(f"store does not list what was stored: {self._name(key)}", hint="give the replica a path: s3://bucket/path")
+        self._path_is_doubtful = False
+
     def _translated(self, key: str, *, conditional: bool = False) -> contextlib.AbstractContextManager[None]:
         return _translated(self.settings, self._name(key), conditional=conditional)
 
     def _list_objects(self, prefix: str, *, start_after: str) -> Iterator[Mapping[str, Any]]:
-        arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._list_page_size}
+        arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._page_size}
         if start_after:
             arguments["StartAfter"] = start_after
         seen: set[str] = set()
@@ -420,7 +435,7 @@ class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
 
 
-def _make_api(settings: S3Settings) -> Any:
+def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
     s3: dict[str, Any] = {"payload_signing_enabled": settings.sign_payload}
     if settings.endpoint or settings.force_path_style is not None:
         s3["addressing_style"] = "path" if settings.path_style else "virtual"
@@ -433,7 +448,7 @@ def _make_api(settings: S3Settings) -> Any:
         parameter_validation=False,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": max_attempts},
         s3=s3,  # type: ignore[arg-type]
     )
     try:
@@ -561,9 +576,13 @@ def _from_failure(settings: S3Settings, name: str, exc: Exception) -> StorageErr
     if isinstance(exc, errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
         hint = "set AWS_CA_BUNDLE to the authority's certificate, or skip-verify for a test"
         return StorageError(f"certificate of the store is not trusted: {settings.host or name}", hint=hint)
-    if isinstance(exc, errors.HTTPClientError | errors.IncompleteReadError | urllib3.exceptions.HTTPError | OSError):
+    if isinstance(
+        exc, errors.ConnectionError | errors.HTTPClientError | errors.IncompleteReadError | urllib3.exceptions.HTTPError | OSError
+    ):
         where = urlsplit(settings.endpoint).netloc if settings.endpoint else "AWS"
-        return StorageUnavailable(f"no whole answer from {where} ({type(exc).__name__}): {name}")
+        return StorageUnavailable(
+            f"store cannot be reached: {name} ({where}, {type(exc).__name__})", hint="check the endpoint and the network"
+        )
     return StorageError(f"request cannot be made ({type(exc).__name__}): {name}", hint="check the settings of the replica")
 
 

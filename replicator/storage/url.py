@@ -40,6 +40,9 @@ _HOSTS: tuple[tuple[re.Pattern[str], str | None], ...] = (
 )
 _VIRTUAL_HOST_STYLE = re.compile(r"(digitaloceanspaces\.com|scw\.cloud)$")
 
+# What `S3Settings.url` leaves readable: everything but what would change the meaning, `%`, `?` and `#`, and what would break a line of a log.
+_PLAIN_IN_PATH = "".join(chr(code) for code in range(32, 127) if chr(code) not in "%?#")
+
 # Query parameters that say nothing secret, by their name without case and hyphens. All others are hidden by `redact`.
 _PUBLIC_PARAMETERS = frozenset(
     [
@@ -78,12 +81,13 @@ def file_path(url: str) -> str:
     """
     if not is_url(url):
         return url
-    raw = re.split(r"[?#]", url.partition("://")[2], maxsplit=1)[0]
+    raw, hash_sign, fragment = url.partition("://")[2].partition("#")
+    raw = raw.partition("?")[0]
     if re.search(r"%(?![0-9A-Fa-f]{2})", raw):
         raise ConfigError(f"replica URL has an invalid percent escape: {url}")
     if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@\[\]/%-]*", raw):
         raw = quote(unquote(raw, errors="surrogateescape"), safe="$&+,/:;=@", errors="surrogateescape")
-    path = posixpath.normpath("/" + raw.lstrip("/"))
+    path = posixpath.normpath("/" + raw.lstrip("/") + hash_sign + fragment)
     if path == "/":
         raise ConfigError(f"replica URL has no path: {url}", hint="give file:///path/to/replica")
     return path
@@ -198,8 +202,8 @@ class S3Settings:
 
     @property
     def url(self) -> str:
-        """The replica for people and logs, without secrets."""
-        url = f"s3://{self.bucket}/{self.path}" if self.path else f"s3://{self.bucket}"
+        """The replica for people and logs, without secrets. Parsed again it is the same place."""
+        url = f"s3://{self.bucket}" if self.path == "." else f"s3://{self.bucket}/{quote(self.path, safe=_PLAIN_IN_PATH)}"
         return f"{url}?endpoint={self.endpoint}" if self.endpoint else url
 
 
@@ -218,8 +222,9 @@ def parse_s3_url(url: str, *, environ: Mapping[str, str] | None = None) -> S3Set
         values = {"region": point[2], **values}
         bucket, path = point[1], point[3] or ""
     else:
-        host, _, path = rest.partition("/")
-        path = unquote(path)
+        host, slash, path = rest.partition("/")
+        # Without any path Litestream's keys begin with "./", with the path "/" they begin with "/".
+        path = unquote(path) if slash else "."
         if "@" in host:
             hint = "use AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             raise ConfigError(f"credentials do not belong into a replica URL: {redact(url)}", hint=hint)
@@ -229,7 +234,7 @@ def parse_s3_url(url: str, *, environ: Mapping[str, str] | None = None) -> S3Set
         values = {**from_host, **values}
     if not bucket:
         raise ConfigError(f"replica URL has no bucket: {redact(url)}", hint="give s3://bucket/path")
-    path = posixpath.normpath("/" + path).lstrip("/")
+    path = path if path == "." else posixpath.normpath("/" + path).lstrip("/")
     if any(ord(character) < 32 or ord(character) == 127 for character in path):
         raise ConfigError(f"replica URL has control characters in its path: {redact(url)!r}")
     settings = S3Settings(bucket=bucket, path=path, **values)  # type: ignore[arg-type]
