@@ -1,0 +1,161 @@
+"""Properties of the LTX codec on generated files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import lz4.frame
+import numpy as np
+import pytest
+from fastcrc.crc64 import go_iso
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicator.errors import FormatError
+from replicator.format.ltx import TXID, Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
+
+Pages = list[tuple[int, bytes]]
+
+
+@st.composite
+def images(draw: st.DrawFn, size: int) -> bytes:
+    """A page: anything from all equal to incompressible."""
+    seed = draw(st.binary(min_size=1, max_size=8))
+    if draw(st.booleans()):
+        return np.random.default_rng(list(seed)).bytes(size)
+    return (seed * size)[:size]
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[Header, Pages]:
+    size = draw(st.sampled_from([512, 1024, 4096]))
+    u64 = st.integers(0, 2**64 - 1)
+    low = draw(st.one_of(st.just(1), st.integers(2, 2**64 - 1)))
+    high = draw(st.integers(low, 2**64 - 1))
+    if low == 1:
+        commit = draw(st.integers(1, 6))
+        pgnos = list(range(1, commit + 1))
+    else:
+        commit = draw(st.integers(1, 2**18))
+        pgnos = sorted(draw(st.sets(st.integers(1, commit), max_size=6)))
+    wal = draw(st.integers(1, 2**63 - 1))
+    header = Header(
+        size, commit, TXID(low), TXID(high), draw(st.integers(-(2**63), 2**63 - 1)),
+        wal_offset=wal, wal_size=draw(st.integers(0, 2**63 - 1)), wal_salt1=draw(st.integers(0, 2**32 - 1)),
+        wal_salt2=draw(st.integers(0, 2**32 - 1)), node_id=draw(u64),
+    )  # fmt: skip
+    return header, [(pgno, draw(images(size))) for pgno in pgnos]
+
+
+def fed(data: bytes, cuts: list[int]) -> tuple[Header | None, Pages, Trailer]:
+    decoder = Decoder()
+    edges = [0, *sorted(cuts), len(data)]
+    pages = [(pgno, page) for a, b in pairwise(edges) for pgno, page, _ in decoder.feed(data[a:b])]
+    trailer = decoder.close()
+    return decoder.header, pages, trailer
+
+
+@given(files())
+def test_a_file_comes_back_as_it_was_written(file: tuple[Header, Pages]) -> None:
+    header, pages = file
+    got, found, trailer = decode_file(encode_file(header, pages))
+    assert (got, found) == (header, pages)
+    assert trailer.post_apply_checksum == 0
+
+
+@given(files(), st.data())
+def test_any_cutting_gives_the_same_values(file: tuple[Header, Pages], data: st.DataObject) -> None:
+    raw = encode_file(*file)
+    cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=30))
+    assert fed(raw, cuts) == decode_file(raw)
+
+
+@given(files(), st.data())
+def test_early_frames_in_any_cutting_give_the_same_pages(file: tuple[Header, Pages], data: st.DataObject) -> None:
+    """Files of early 0.5 versions: an LZ4 frame for each page, in every shape that the frame format allows."""
+    header, pages = file
+    options = {
+        "content_checksum": data.draw(st.booleans()),
+        "block_checksum": data.draw(st.booleans()),
+        "store_size": data.draw(st.booleans()),
+        "block_linked": data.draw(st.booleans()),
+    }
+    raw, hashed, entries = header.encode(), header.encode(), []
+    for pgno, image in pages:
+        frame = pgno.to_bytes(4, "big") + bytes(2) + lz4.frame.compress(image, **options)
+        entries.append((pgno, len(raw), len(frame)))
+        raw += frame
+        hashed += frame[:6] + image
+    columns = np.array(entries, dtype=np.int64).reshape(-1, 3)
+    index = encode_index(PageIndex(columns[:, 0], columns[:, 1], columns[:, 2]))
+    end = bytes(6) + index + len(index).to_bytes(8, "big") + bytes(8)
+    raw += end + (go_iso(hashed + end) | 1 << 63).to_bytes(8, "big")
+    got, found, _ = fed(raw, data.draw(st.lists(st.integers(0, len(raw)), max_size=30)))
+    assert (got, found) == (header, pages)
+
+
+@given(files(), st.data())
+def test_a_flipped_bit_is_refused_or_harmless(file: tuple[Header, Pages], data: st.DataObject) -> None:
+    """Compressed bytes are not hashed, only what they stand for: a flip there survives when the page is the same."""
+    header, pages = file
+    raw = bytearray(encode_file(header, pages))
+    bit = data.draw(st.integers(0, len(raw) * 8 - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    try:
+        got, found, _ = decode_file(bytes(raw))
+    except FormatError:
+        return
+    assert (got, found) == (header, pages)
+    assert bit // 8 >= 110
+
+
+@given(files(), st.data())
+def test_a_truncated_file_is_refused(file: tuple[Header, Pages], data: st.DataObject) -> None:
+    raw = encode_file(*file)
+    size = data.draw(st.integers(0, len(raw) - 1))
+    with pytest.raises(FormatError):
+        decode_file(raw[:size])
+
+
+@given(files())
+def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> None:
+    header, pages = file
+    raw = encode_file(header, pages)
+    decoder = Decoder(keep_blocks=True)
+    parts: list[bytes] = []
+    encoder = Encoder(lambda data: parts.append(bytes(data)), header)
+    for pgno, page, block in decoder.feed(raw):
+        encoder.block(pgno, block, page)
+    done = encoder.close()
+    assert b"".join(parts) == raw
+    assert (done.size, done.file_checksum) == (len(raw), decoder.close().file_checksum)
+
+
+@given(files(), st.integers(1, 2**63 - 1))
+def test_two_headers_never_share_a_checksum_by_the_writer_alone(file: tuple[Header, Pages], node: int) -> None:
+    header, pages = file
+    other = replace(header, node_id=header.node_id ^ node)
+    assert decode_file(encode_file(header, pages))[2].file_checksum != decode_file(encode_file(other, pages))[2].file_checksum
+
+
+numbers = st.integers(0, 2**56 - 1)
+
+
+@given(st.dictionaries(st.integers(1, 2**32 - 1), st.tuples(numbers, numbers), max_size=20))
+def test_an_index_comes_back_as_it_was_written(entries: dict[int, tuple[int, int]]) -> None:
+    columns = np.array([(pgno, *entries[pgno]) for pgno in sorted(entries)], dtype=np.int64).reshape(-1, 3)
+    raw = encode_index(PageIndex(columns[:, 0], columns[:, 1], columns[:, 2]))
+    got = decode_index(raw)
+    assert np.stack([got.pgnos, got.offsets, got.sizes], axis=1).tolist() == columns.tolist()
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_an_index_or_a_format_error(data: bytes) -> None:
+    try:
+        index = decode_index(data)
+    except FormatError:
+        return
+    assert len(encode_index(index)) <= len(data)
+    assert min(index.pgnos.tolist(), default=1) >= 1
+    assert min([*index.offsets.tolist(), *index.sizes.tolist()], default=0) >= 0
