@@ -441,10 +441,15 @@ class Replicator:
             self._changed.notify_all()
         if entry.is_staged:
             return
+        txid = entry.txid
+
+        def settled() -> bool:
+            return self._is_stored(txid) or self._stop or self._fatal is not None
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stored(entry) or self._stop or self._fatal is not None, STAGE_AFTER_S)
-                if self._is_stored(entry):
+                self._changed.wait_for(settled, STAGE_AFTER_S)
+                if self._is_stored(txid):
                     break
                 if self._fatal is not None:
                     raise self._fatal
@@ -460,8 +465,8 @@ class Replicator:
             self._report(StorageUnavailable(f"no replica reachable and the staging folder is full: {self._meta}"))
         self._engine.settled(entry)
 
-    def _is_stored(self, entry: Entry) -> bool:
-        return any(replica.txid >= entry.txid for replica in self._replicas)
+    def _is_stored(self, txid: TXID) -> bool:
+        return any(replica.txid >= txid for replica in self._replicas)
 
     def _report(self, error: BaseException) -> None:
         with self._changed:

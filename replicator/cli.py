@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from replicator import __version__
 from replicator.errors import NoBackups, ReplicatorError
@@ -391,11 +391,11 @@ class _Lines(logging.Formatter):
         return f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={level} msg="{" ".join(words[:first])}"{facts}'
 
 
-def _log_to(stream: object, level: str) -> None:
+def _log_to(stream: TextIO, level: str) -> None:
     levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "error": 40}
     if level.lower() not in levels:
         raise UsageError(f"invalid value for -log-level: {level!r} ({', '.join(levels)})")
-    handler = logging.StreamHandler(stream)  # type: ignore[type-var]
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines())
     root = logging.getLogger("replicator")
     root.handlers[:] = [handler]

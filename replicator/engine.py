@@ -443,7 +443,7 @@ class Engine:
             self._position, self._resync_reason = image.position, None
             return None
         if state.txid and state.page_size != image.page_size:
-            entry = self._page_size_changed(image)
+            entry: Entry | None = self._page_size_changed(image)
         else:
             entry = self._difference(image, state)
         log.info(

@@ -48,6 +48,7 @@ __all__ = ["PageTable", "TableState"]
 
 MAGIC = b"PYREPLT1"
 SLOT_SIZE = 256
+NO_TXID = TXID(0)
 ENTRIES_AT = 4096
 ENTRY_SIZE = 8
 GROWTH = 1 << 20
@@ -74,7 +75,7 @@ class TableState:
     commit: int
     xor: int = 0
     timestamp_ms: int = 0
-    next_txid: TXID = TXID(0)
+    next_txid: TXID = NO_TXID
     next_xor: int = 0
     position: WALPosition = NO_WAL
 

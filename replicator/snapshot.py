@@ -45,7 +45,7 @@ class Snapshot:
         self._next = 1
         self._cancelled = ""
         self._saved: dict[int, int] = {}
-        self._spill: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+        self._spill: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
 
     def __enter__(self) -> Snapshot:
         return self

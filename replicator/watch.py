@@ -41,7 +41,7 @@ class Watch:
         from watchdog.observers import Observer
 
         handler = FileSystemEventHandler()
-        handler.on_any_event = self._on_event  # type: ignore[method-assign]
+        handler.on_any_event = self._on_event
         observer = Observer()
         try:
             observer.schedule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,15 +30,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def client(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> ReplicaClient:
+def client(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReplicaClient]:
     if kind == "memory":
-        return MemoryClient()
+        yield MemoryClient()
+        return
     if kind == "file":
-        return open_client(f"file://{tmp_path}/replica")
+        yield open_client(f"file://{tmp_path}/replica")
+        return
     server = request.getfixturevalue(kind)
     made = S3Client(parse_s3_url(server.url(f"t-{secrets.token_hex(6)}"), environ={}), page_size=3, single_put_bytes=6 << 20)
-    request.addfinalizer(made.close)
-    return made
+    yield made
+    made.close()
 
 
 def put(
