@@ -150,6 +150,7 @@ class Replicator:
         self._state: State = "stopped"
         self._error: str | None = None
         self._fatal: ReplicatorError | None = None
+        self._gone: DatabaseNotFound | None = None
         self._stop = False
         self._woken = False
         self._asked = self._answered = 0
@@ -277,6 +278,8 @@ class Replicator:
         while not holds():
             if self._fatal is not None:
                 raise self._fatal
+            if self._gone is not None:
+                raise self._gone
             if self._stop or not self._threads:
                 raise DatabaseStateError(f"replication of {self._path} is stopped")
             left = None if end is None else end - time.monotonic()
@@ -372,17 +375,16 @@ class Replicator:
                 self._report(error)
                 failures += 1
                 with self._changed:
-                    if isinstance(error, DatabaseNotFound):  # nothing to store: waiters need not wait for a file that is gone
-                        self._answered, self._answered_txid = asked, self._engine.txid
+                    if isinstance(error, DatabaseNotFound):  # what was committed and not read is gone with it: waiters must know
+                        self._gone = error
                         self._changed.notify_all()
-                    else:
-                        self._changed.wait(min(RETRY_S[min(failures, len(RETRY_S)) - 1], 2.0))
+                    self._changed.wait(min(RETRY_S[min(failures, len(RETRY_S)) - 1], 2.0))
                 continue
             failures = 0
             with self._changed:
                 if self._state == "starting":
                     self._state = "replicating"
-                self._error = None
+                self._error = self._gone = None
                 self._answered, self._answered_txid = asked, self._engine.txid
                 self._changed.notify_all()
             if news:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from replicator import Replicator
-from replicator.errors import ConfigError, DatabaseStateError, EngineRunning, Fenced, ReplicaEmptied, WaitTimeout
+from replicator.errors import ConfigError, DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaEmptied, WaitTimeout
 from replicator.format.ltx import TXID, decode_file
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
@@ -255,4 +255,29 @@ def test_files_carry_what_the_next_writer_needs(tmp_path: Path) -> None:
     assert (header.wal_offset, header.wal_size) == (32, 0)
     assert header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big") == salts
     assert header.node_id != 0
+    application.close()
+
+
+def test_a_deleted_database_is_reported_and_a_new_one_continues_the_chain(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url, sync_interval_s=0.01) as engine:
+        insert(application, 50)
+        before = engine.wait(timeout_s=TIMEOUT_S)
+        application.close()
+        for suffix in ("", "-wal", "-shm"):
+            (tmp_path / f"a.db{suffix}").unlink(missing_ok=True)
+        with pytest.raises(DatabaseNotFound, match=r"a\.db"):
+            engine.wait(timeout_s=TIMEOUT_S)
+        assert engine.status().state == "degraded"
+        assert txids(url)[-1] == before
+        application = connect(database)
+        insert(application, 7)
+        while engine.status().error:
+            try:
+                engine.wait(timeout_s=TIMEOUT_S)
+            except DatabaseNotFound:
+                continue
+        assert engine.wait(timeout_s=TIMEOUT_S) == before + 1
+        assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
     application.close()
