@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from replicator import Replicator
-from replicator.errors import ConfigError, DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaEmptied, WaitTimeout
+from replicator.errors import (
+    ConfigError,
+    DatabaseNotFound,
+    DatabaseStateError,
+    EngineRunning,
+    Fenced,
+    ReplicaEmptied,
+    StorageUnavailable,
+    WaitTimeout,
+)
 from replicator.format.ltx import TXID, decode_file
+from replicator.restorer import restore_database
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
 from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, txids
@@ -135,8 +147,6 @@ def test_wait_times_out_while_the_store_is_away_and_the_data_arrives_later(tmp_p
 
         def put(self, *args, **options):
             if self.away:
-                from replicator.errors import StorageUnavailable
-
                 raise StorageUnavailable("away")
             return super().put(*args, **options)
 
@@ -154,8 +164,6 @@ def test_wait_times_out_while_the_store_is_away_and_the_data_arrives_later(tmp_p
         client.away = False
         engine.wait(timeout_s=TIMEOUT_S)
         assert engine.status().replicas[0].error is None
-        from replicator.restorer import restore_database
-
         restore_database(client, tmp_path / "r.db", integrity_check="full")
         assert (tmp_path / "r.db").read_bytes() == checkpointed_bytes(database, tmp_path)
     application.close()
@@ -205,8 +213,6 @@ def test_an_emptied_replica_stops_us_and_force_snapshot_begins_anew(tmp_path: Pa
 
 
 def test_a_full_image_is_exact_while_commits_and_checkpoints_go_on(tmp_path: Path) -> None:
-    import threading
-
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     application = connect(database)
     insert(application, 3000, size=3000)
@@ -280,4 +286,44 @@ def test_a_deleted_database_is_reported_and_a_new_one_continues_the_chain(tmp_pa
                 continue
         assert engine.wait(timeout_s=TIMEOUT_S) == before + 1
         assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+def test_what_was_staged_in_an_outage_is_stored_by_the_next_start(tmp_path: Path) -> None:
+    class Away(MemoryClient):
+        away = False
+
+        def put(self, *args, **options):
+            if self.away:
+                raise StorageUnavailable("away")
+            return super().put(*args, **options)
+
+    database, client = tmp_path / "a.db", Away()
+    staged = tmp_path / ".a.db-litestream/pyrepl/staged"
+    application = connect(database)
+    engine = Replicator(database, client, sync_interval_s=0.01).start()
+    insert(application, 5)
+    engine.wait(timeout_s=TIMEOUT_S)
+    client.away = True
+    for count in (1, 2):
+        insert(application, 5)
+        end = time.monotonic() + 20
+        while len(list(staged.glob("0-*.ltx"))) < count and time.monotonic() < end:
+            time.sleep(0.01)
+    assert engine.status().txid == 3
+    assert engine.status().replicas[0].txid == 1
+    assert engine.status().replicas[0].lag_s > 0
+    with pytest.raises(WaitTimeout, match="away"):
+        engine.close(timeout_s=0.1)
+    assert len(list(staged.iterdir())) == 2
+    client.away = False
+    with Replicator(database, client) as engine:
+        assert engine.wait(timeout_s=TIMEOUT_S) == 3
+    assert [info.max_txid for info in client.list(0)] == [1, 2, 3]
+    assert list(staged.iterdir()) == []
+    for txid, count in ((1, 5), (2, 10), (3, 15)):
+        restore_database(client, tmp_path / "r.db", txid=TXID(txid), force=True, integrity_check="full")
+        connection = sqlite3.connect(tmp_path / "r.db")
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (count,)
+        connection.close()
     application.close()
