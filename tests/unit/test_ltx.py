@@ -467,3 +467,10 @@ def test_importing_a_codec_does_not_import_numpy(name: str, monkeypatch: pytest.
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+
+
+def test_a_stated_index_size_that_is_wrong_is_refused_under_a_right_checksum() -> None:
+    entries = b"\0"
+    end = END + entries + struct.pack(">Q", len(entries) + 1)
+    with pytest.raises(FormatError, match="page index size 2, but 1 bytes are there"):
+        decode_file(sealed(HEADER.encode() + end, end))
