@@ -201,7 +201,7 @@ class _Job:
         commit = self.headers[-1].commit
         largest = max((int(pgnos[-1]) for pgnos in self.indexes if len(pgnos)), default=0)
         if commit > largest + 1:
-            raise CorruptReplica(self.name(len(self.files) - 1), f"page {commit} of the database is in no file")
+            raise self._missing(commit)
         owners = np.zeros(commit + 1, dtype=np.uint32)
         for number, pgnos in enumerate(self.indexes, start=1):
             owners[pgnos[pgnos <= commit]] = number
@@ -211,7 +211,7 @@ class _Job:
             owners[lock] = 1
         missing = (owners == 0).nonzero()[0]
         if len(missing):
-            raise CorruptReplica(self.name(len(self.files) - 1), f"page {int(missing[0])} of the database is in no file")
+            raise self._missing(int(missing[0]))
         owners[0] = 0
         if lock <= commit:
             owners[lock] = 0
@@ -219,6 +219,12 @@ class _Job:
         counts = np.bincount(owners, minlength=len(self.files) + 1)
         self.owned = counts[1:].tolist()
         self.indexes = []
+
+    def _missing(self, pgno: int) -> CorruptReplica:
+        """Blame the file with which the database grew over a page that no index lists: every such page must be in it."""
+        sizes = [0, *(header.commit for header in self.headers)]
+        index = max(at for at in range(len(self.files)) if sizes[at] < pgno <= sizes[at + 1])
+        return CorruptReplica(self.name(index), f"page {pgno} of the database is in no file")
 
     def read(self, index: int) -> None:
         """Read one file to its end and hand out what it owns."""

@@ -436,7 +436,7 @@ class _RangeOutside(StorageError):
 
 
 def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
-    s3: dict[str, Any] = {"payload_signing_enabled": settings.sign_payload}
+    s3: Any = {"payload_signing_enabled": settings.sign_payload}
     if settings.endpoint or settings.force_path_style is not None:
         s3["addressing_style"] = "path" if settings.path_style else "virtual"
     config = Config(
@@ -449,7 +449,7 @@ def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": max_attempts},
-        s3=s3,  # type: ignore[arg-type]
+        s3=s3,
     )
     try:
         # A session of its own: boto3's default one is not made for several threads.
@@ -464,11 +464,17 @@ def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
         )
     except (botocore.exceptions.BotoCoreError, ValueError) as exc:
         raise ConfigError(f"cannot set up S3 for {settings.url}: {type(exc).__name__}", hint=_CREDENTIALS_HINT) from exc
+    api.meta.events.register("before-call.s3.HeadBucket", _do_not_follow)
     if settings.content_md5:
         api.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
     if settings.is_tigris:
         api.meta.events.register("before-call.s3", _add_tigris_consistency)
     return api
+
+
+def _do_not_follow(context: dict[str, Any], **_: object) -> None:
+    # Only botocore sends HeadBucket, to find the region after a redirect. When that is redirected, too, it would ask again without end.
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _add_content_md5(params: dict[str, Any], **_: object) -> None:

@@ -1,0 +1,230 @@
+"""Restore from hostile and unsteady replicas, through a store in memory."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicator import chain
+from replicator.errors import CorruptReplica, NoBackups, ObjectNotFound, OutputExists, StorageUnavailable
+from replicator.format.ltx import TXID, FileInfo, Header, encode_file, index_range
+from replicator.restorer import restore_database
+from replicator.storage.memory import MemoryClient
+
+SIZE = 512
+
+
+def page(pgno: int, version: int) -> bytes:
+    return bytes([pgno % 256, version % 256]) * (SIZE // 2)
+
+
+def store(client: MemoryClient, level: int, low: int, high: int, commit: int, pgnos: list[int], *, page_size: int = SIZE) -> FileInfo:
+    header = Header(page_size, commit, TXID(low), TXID(high), 1_800_000_000_000 + high)
+    images = [(pgno, (page(pgno, high) * (page_size // SIZE))) for pgno in pgnos]
+    data = encode_file(header, images)
+    return client.put(level, TXID(low), TXID(high), data, timestamp_ms=header.timestamp_ms)
+
+
+def chain_of_three(client: MemoryClient) -> None:
+    store(client, 0, 1, 1, 4, [1, 2, 3, 4])
+    store(client, 0, 2, 2, 6, [1, 3, 5, 6])
+    store(client, 0, 3, 3, 5, [1, 5])
+
+
+def restored(client: MemoryClient, folder: Path, **options: object) -> bytes:
+    output = folder / "out.db"
+    output.unlink(missing_ok=True)
+    restore_database(client, output, **options)  # type: ignore[arg-type]
+    return output.read_bytes()
+
+
+def test_each_page_comes_from_the_newest_file_and_the_end_is_cut(tmp_path: Path) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    assert restored(client, tmp_path) == page(1, 3) + page(2, 1) + page(3, 2) + page(4, 1) + page(5, 3)
+    assert restored(client, tmp_path, txid=TXID(2)) == page(1, 2) + page(2, 1) + page(3, 2) + page(4, 1) + page(5, 2) + page(6, 2)
+
+
+@given(steps=st.lists(st.tuples(st.integers(1, 12), st.sets(st.integers(1, 12))), min_size=1, max_size=8))
+def test_restoring_is_applying_all_files_in_order(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]]) -> None:
+    client, model, commit = MemoryClient(), {}, 0
+    for txid, (size, changed) in enumerate(steps, start=1):
+        pgnos = sorted(
+            {n for n in changed if n <= size} | set(range(commit + 1, size + 1)) | (set(range(1, size + 1)) if txid == 1 else {1})
+        )
+        store(client, 0, txid, txid, size, pgnos)
+        model = {n: image for n, image in model.items() if n <= size} | {n: page(n, txid) for n in pgnos}
+        commit = size
+    got = restored(client, tmp_path_factory.mktemp("model"), parallelism=3)
+    assert got == b"".join(model[n] for n in range(1, commit + 1))
+
+
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+    client, seen = MemoryClient(), []
+    chain_of_three(client)
+    restored(client, tmp_path, progress=seen.append)
+    assert (seen[-1].files_done, seen[-1].bytes_done) == (3, seen[-1].bytes_total)
+
+
+def test_an_empty_replica_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NoBackups):
+        restored(MemoryClient(), tmp_path)
+
+
+def replace(client: MemoryClient, txid: int, data: bytes) -> None:
+    client.put(0, TXID(txid), TXID(txid), data, timestamp_ms=1_800_000_000_000)
+
+
+def read(client: MemoryClient, txid: int) -> bytes:
+    [info] = [info for info in client.list(0) if info.max_txid == txid]
+    with client.open(info) as stream:
+        return stream.read()
+
+
+def outcome(client: MemoryClient, folder: Path) -> tuple[bytes, CorruptReplica | None]:
+    try:
+        return restored(client, folder), None
+    except CorruptReplica as error:
+        return b"", error
+
+
+@pytest.mark.parametrize("txid", [1, 2, 3])
+def test_every_damaged_byte_of_every_file_is_found(tmp_path: Path, txid: int) -> None:
+    """Also in pages that a later file replaces, and for truncation at every length."""
+    client = MemoryClient()
+    chain_of_three(client)
+    expected, good = restored(client, tmp_path), read(client, txid)
+    for at in range(len(good)):
+        for damaged in (good[:at] + bytes([good[at] ^ 0x40]) + good[at + 1 :], good[:at]):
+            replace(client, txid, damaged)
+            got, error = outcome(client, tmp_path)
+            if error is None:
+                assert got == expected  # another encoding of the same page
+                continue
+            assert f"{txid:016x}-{txid:016x}.ltx" in str(error)
+            assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
+    """The index claims another page than the frames hold; a file that is read twice could show different contents, too."""
+    client = MemoryClient()
+    chain_of_three(client)
+    data = bytearray(read(client, 3))
+    offset, size = index_range(len(data), bytes(data[-24:]))
+    at = data.index(5, offset, offset + size)
+    data[at] = 4
+    replace(client, 3, bytes(data))
+    with pytest.raises(CorruptReplica, match="0000000000000003"):
+        restored(client, tmp_path)
+
+
+def test_mixed_page_sizes_are_refused(tmp_path: Path) -> None:
+    client = MemoryClient()
+    store(client, 0, 1, 1, 1, [1])
+    store(client, 0, 2, 2, 1, [1], page_size=1024)
+    with pytest.raises(CorruptReplica, match="mismatched page sizes"):
+        restored(client, tmp_path)
+
+
+def test_a_page_that_no_file_holds_is_refused(tmp_path: Path) -> None:
+    client = MemoryClient()
+    store(client, 0, 1, 1, 1, [1])
+    store(client, 0, 2, 2, 3, [3])
+    with pytest.raises(CorruptReplica, match="page 2 of the database is in no file"):
+        restored(client, tmp_path)
+
+
+def test_a_huge_commit_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    client = MemoryClient()
+    store(client, 0, 1, 1, 1, [1])
+    store(client, 0, 2, 2, 0xFFFFFFFF, [1])
+    with pytest.raises(CorruptReplica, match="is in no file"):
+        restored(client, tmp_path)
+
+
+class Unsteady(MemoryClient):
+    """Drops a connection after some bytes, as often as told."""
+
+    def __init__(self, drops: int) -> None:
+        super().__init__()
+        self.drops = drops
+
+    def open(self, info, *, offset=0, size=None):
+        stream = super().open(info, offset=offset, size=size)
+        if not self.drops:
+            return stream
+        outer, inner = self, stream.read
+        given = threading.local()
+
+        class Dropping(type(stream)):
+            def read(self, size=-1, /):
+                if getattr(given, "yes", False):
+                    outer.drops -= 1
+                    raise StorageUnavailable("dropped")
+                given.yes = True
+                return inner(60)
+
+        return Dropping(stream.getvalue())
+
+
+def test_a_dropped_connection_is_resumed_at_its_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Unsteady(0)
+    store(client, 0, 1, 1, 4, [1, 2, 3, 4])
+    expected = restored(client, tmp_path)
+    naps: list[float] = []
+    client.drops = 3
+    [info] = client.list(0)
+    assert b"".join(chain.read_file(client, info, sleep=naps.append)) == read(client, 1)
+    assert naps == [0.25, 0.5, 1.0]
+    client.drops = 4
+    with pytest.raises(StorageUnavailable):
+        list(chain.read_file(client, info, sleep=naps.append))
+    client.drops = 0
+    assert restored(client, tmp_path) == expected
+
+
+def test_a_file_that_retention_deletes_meanwhile_is_planned_around(tmp_path: Path) -> None:
+    class Pruning(MemoryClient):
+        pruned = False
+
+        def open(self, info, *, offset=0, size=None):
+            if info.level == 0 and info.max_txid == 2 and not self.pruned:
+                self.pruned = True
+                self.delete([info for info in self.list(0) if info.max_txid <= 2])
+                store(self, 1, 1, 2, 6, [1, 2, 3, 4, 5, 6])
+                raise ObjectNotFound(info.name)
+            return super().open(info, offset=offset, size=size)
+
+    client = Pruning()
+    chain_of_three(client)
+    assert restored(client, tmp_path)[:SIZE] == page(1, 3)
+    assert client.pruned
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    class Intruder(MemoryClient):
+        def open(self, info, *, offset=0, size=None):
+            (tmp_path / "out.db").write_text("mine")
+            return super().open(info, offset=offset, size=size)
+
+    client = Intruder()
+    chain_of_three(client)
+    with pytest.raises(OutputExists):
+        restore_database(client, tmp_path / "out.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.db"]
+    assert (tmp_path / "out.db").read_text() == "mine"
+
+
+def test_mode_is_kept_with_force_and_private_otherwise(tmp_path: Path) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    output = tmp_path / "out.db"
+    restore_database(client, output)
+    assert output.stat().st_mode & 0o777 == 0o600
+    output.chmod(0o640)
+    restore_database(client, output, force=True)
+    assert output.stat().st_mode & 0o777 == 0o640
