@@ -1,0 +1,102 @@
+"""What commands print: tables, times, errors, a progress bar, and log lines of Litestream's shape."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TextIO
+
+from replicator.cli.parse import UsageError
+
+if TYPE_CHECKING:
+    from replicator.chain import Progress
+
+__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Bar", "fail", "kind_of", "log_to", "redacted", "table", "time_text"]
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def fail(text: str, hint: str) -> int:
+    """Print an error in one line, and the next step."""
+    print("Error: " + " ".join(text.split()), file=sys.stderr)
+    if hint:
+        print(f"Try: {hint}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+class Bar:
+    """A progress bar on a terminal, for what takes longer than a second."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._bar: object | None = None
+        self._wanted = sys.stderr.isatty()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()  # type: ignore[attr-defined]
+
+    def show(self, progress: Progress) -> None:
+        if not self._wanted or (self._bar is None and time.monotonic() - self._started < 1):
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as RichBar
+
+            columns = TextColumn("restoring"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            bar = RichBar(*columns, console=Console(stderr=True), transient=True)
+            bar.add_task("restoring", total=progress.bytes_total)
+            bar.start()
+            self._bar = bar
+        self._bar.update(0, completed=progress.bytes_done)  # type: ignore[attr-defined]
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def time_text(when: datetime) -> str:
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def redacted(url: str) -> str:
+    from replicator.storage.url import redact
+
+    return redact(url)
+
+
+def kind_of(url: str) -> str:
+    from replicator.storage.url import scheme
+
+    return scheme(url) or "file"
+
+
+class Lines(logging.Formatter):
+    """`time=... level=INFO msg="..." key=value`, as Litestream logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC)
+        words = record.getMessage().split(" ")
+        first = next((at for at, word in enumerate(words) if "=" in word), len(words))
+        facts = "".join(f" {word}" for word in words[first:])
+        level = {"WARNING": "WARN"}.get(record.levelname, record.levelname)
+        return f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={level} msg="{" ".join(words[:first])}"{facts}'
+
+
+def log_to(stream: TextIO, level: str) -> None:
+    levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "error": 40}
+    if level.lower() not in levels:
+        raise UsageError(f"invalid value for -log-level: {level!r} ({', '.join(levels)})")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Lines())
+    root = logging.getLogger("replicator")
+    root.handlers[:] = [handler]
+    root.setLevel(levels[level.lower()])

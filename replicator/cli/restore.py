@@ -1,0 +1,125 @@
+"""`pyrepl restore`: restore a database from a replica, or show what that would take."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import datetime
+
+from replicator.cli.output import Bar, kind_of, log_to, redacted, table, time_text
+from replicator.cli.parse import Command, UsageError
+from replicator.errors import NoBackups
+
+__all__ = ["COMMAND"]
+
+
+def restore(flags: dict[str, str], arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        raise UsageError("give one replica URL")
+    url = arguments[0]
+    output = flags.get("o")
+    if output is None:
+        raise UsageError("output path required: -o PATH")
+    if "txid" in flags and "timestamp" in flags:
+        raise UsageError("cannot specify -txid and -timestamp")
+    check = flags.get("integrity-check", "none")
+    if check not in ("none", "quick", "full"):
+        raise UsageError(f"invalid value for -integrity-check: {check!r} (none, quick or full)")
+    parallelism = flags.get("parallelism", "8")
+    if not parallelism.isdigit() or not 1 <= int(parallelism) <= 256:
+        raise UsageError(f"invalid value for -parallelism: {parallelism!r} (1 to 256)")
+    log_to(sys.stderr if flags.get("json") == "true" else sys.stdout, flags.get("log-level", "info"))
+    log = logging.getLogger("replicator.cli")
+    if flags.get("if-db-not-exists") == "true" and os.path.exists(output):
+        log.info("database already exists, skipping path=%s", output)
+        return 0
+    from replicator.api import parse_timestamp
+    from replicator.api import restore as restore_database
+    from replicator.format.ltx import parse_txid
+
+    txid = parse_txid(flags["txid"]) if "txid" in flags else None
+    timestamp = parse_timestamp(flags["timestamp"]) if "timestamp" in flags else None
+    try:
+        if flags.get("dry-run") == "true":
+            return _show_plan(url, output, txid, timestamp, as_json=flags.get("json") == "true")
+        with Bar() as bar:
+            result = restore_database(
+                url,
+                output,
+                txid=txid,
+                timestamp=timestamp,
+                force=flags.get("force") == "true",
+                integrity_check=check,  # type: ignore[arg-type]
+                parallelism=int(parallelism),
+                progress=bar.show,
+            )
+    except NoBackups:
+        if flags.get("if-replica-exists") == "true":
+            log.info("no matching backups found url=%s", redacted(url))
+            return 0
+        raise
+    if flags.get("json") == "true":
+        print(
+            json.dumps(
+                {
+                    "db_path": str(result.output),
+                    "replica": kind_of(url),
+                    "txid": f"{result.txid:016x}",
+                    "duration_ms": round(result.duration_s * 1000),
+                    "integrity_check": check,
+                },
+                indent=2,
+            )
+        )
+    else:
+        log.info(
+            "restored db path=%s txid=%016x files=%d pages=%d duration=%.3fs",
+            output,
+            result.txid,
+            result.files,
+            result.commit,
+            result.duration_s,
+        )
+    return 0
+
+
+def _show_plan(url: str, output: str, txid: int | None, timestamp: datetime | None, *, as_json: bool) -> int:
+    from replicator.format.ltx import TXID
+    from replicator.restorer import find_plan
+    from replicator.storage import open_client
+
+    client = open_client(url)
+    plan = find_plan(client, txid=None if txid is None else TXID(txid), timestamp=timestamp)
+    files = [
+        {
+            "level": info.level,
+            "name": info.name,
+            "min_txid": f"{info.min_txid:016x}",
+            "max_txid": f"{info.max_txid:016x}",
+            "size": info.size,
+            "timestamp": time_text(info.created_at),
+        }
+        for info in plan
+    ]
+    low, high = f"{plan[0].min_txid:016x}", f"{plan[-1].max_txid:016x}"
+    if as_json:
+        document = {"source": client.url, "target_path": output, "replica": client.kind, "min_txid": low, "max_txid": high, "files": files}
+        print(json.dumps(document, indent=2))
+        return 0
+    print(
+        f"Restore plan:\n  source: {client.url}\n  target: {output}\n  replica: {client.kind}\n  txid range: {low} - {high}\n\nFiles to fetch:"
+    )
+    table(["level", "file", "min_txid", "max_txid", "size", "timestamp"], [[str(value) for value in file.values()] for file in files])
+    return 0
+
+
+COMMAND = Command(
+    "pyrepl restore -o PATH [-txid HEX | -timestamp TIME] [-force] [-dry-run] [-json] [-if-db-not-exists] [-if-replica-exists] "
+    "[-integrity-check none|quick|full] [-parallelism N] URL",
+    "Restore a database from a replica.",
+    ("force", "dry-run", "json", "if-db-not-exists", "if-replica-exists"),
+    ("o", "txid", "timestamp", "integrity-check", "parallelism", "log-level"),
+    restore,
+)
