@@ -299,7 +299,7 @@ class Replicator:
         out = self._engine.snapshot()
         try:
             for replica in self._replicas:
-                replica.store_snapshot(out)
+                replica.add(out)
         finally:
             if isinstance(out.body, Path):
                 out.body.unlink(missing_ok=True)

@@ -9,12 +9,23 @@ Source: specification, section 2.2.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from replicator.errors import ConfigError
-from replicator.format.ltx import SNAPSHOT_LEVEL
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
 
-__all__ = ["History", "next_boundary", "previous_boundary"]
+__all__ = [
+    "Compact",
+    "Files",
+    "History",
+    "compaction_inputs",
+    "due_compactions",
+    "due_snapshot",
+    "next_boundary",
+    "previous_boundary",
+]
 
 YEAR_ONE_S = 62135596800
 """Seconds from 0001-01-01T00:00:00Z to 1970-01-01T00:00:00Z."""
@@ -62,3 +73,62 @@ def previous_boundary(now: float, interval_s: float) -> float:
 def next_boundary(now: float, interval_s: float) -> float:
     """Return the first multiple of the interval after `now`."""
     return previous_boundary(now, interval_s) + interval_s
+
+
+Files = Mapping[int, Sequence[FileInfo]]
+"""What a replica holds: the files of each level in ascending order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """Merge `inputs`, files of the level below that follow each other, into one file of `level`."""
+
+    level: int
+    inputs: tuple[FileInfo, ...]
+
+
+def due_compactions(files: Files, history: History, now: float) -> list[tuple[float, Compact]]:
+    """Return for each level that lacks something of the level below when to merge it, and what; in ascending order of levels.
+
+    A file is due for merging at the first boundary after it was made, as with the peer. A time in the future (a clock that was set back)
+    counts as now.
+
+    Args:
+        now: seconds since 1970.
+    """
+    found: list[tuple[float, Compact]] = []
+    for level, interval in enumerate(history.level_intervals_s, start=1):
+        inputs = compaction_inputs(files.get(level - 1, ()), files.get(level, ()))
+        if inputs:
+            made = min(inputs[0].created_at.timestamp(), now)
+            found.append((next_boundary(made, interval), Compact(level, inputs)))
+    return found
+
+
+def compaction_inputs(sources: Sequence[FileInfo], merged: Sequence[FileInfo]) -> tuple[FileInfo, ...]:
+    """Return the files of a level that the level above lacks, up to the first gap."""
+    have = max((info.max_txid for info in merged), default=0)
+    inputs: list[FileInfo] = []
+    for info in sources[bisect_right(sources, have, key=lambda info: info.min_txid) :]:
+        if inputs and info.max_txid <= inputs[-1].max_txid:
+            continue  # lies inside the one before
+        if inputs and info.min_txid > inputs[-1].max_txid + 1:
+            break
+        inputs.append(info)
+    return tuple(inputs)
+
+
+def due_snapshot(files: Files, history: History, now: float, *, head: TXID) -> float | None:
+    """Return when the next full image is due; None when the newest one holds everything already.
+
+    The first file of a history is a full image, too: an image of level 9 follows at the first boundary after it.
+    """
+    images = [info for level in files.values() for info in level if info.min_txid == 1]
+    newest = max((info.max_txid for info in files.get(SNAPSHOT_LEVEL, ())), default=TXID(0))
+    if not history.snapshot_interval_s or not head or newest >= head:
+        return None
+    if not images:
+        return now
+    snapshots = files.get(SNAPSHOT_LEVEL, ())
+    made = snapshots[-1].created_at if snapshots else min(info.created_at for info in images)
+    return next_boundary(min(made.timestamp(), now), history.snapshot_interval_s)

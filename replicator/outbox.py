@@ -7,6 +7,7 @@ process. A staged file is complete and synced under its final name; `*.tmp` is s
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from array import array
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from replicator.tail import WALPosition
 
-__all__ = ["EncodedPages", "Entry", "OutFile", "Staging", "encode"]
+__all__ = ["EncodedPages", "Entry", "OutFile", "Spool", "Staging", "encode"]
 
 SPOOL_BYTES = 8 << 20
 DISK_RESERVE_BYTES = 64 << 20
@@ -85,8 +86,14 @@ class Staging:
         for left in folder.glob("*.tmp"):
             left.unlink(missing_ok=True)
 
+    def check_space(self) -> None:
+        """Raise `OSError` (ENOSPC) when the disk is nearly full: the last of it belongs to the application."""
+        if shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES:
+            raise OSError(errno.ENOSPC, "the disk is nearly full", str(self.folder))
+
     def create(self, name: str) -> tuple[int, Path]:
-        """Open a new temporary file for writing; `finish` or `discard` it."""
+        """Open a new temporary file for writing; `finish` or `discard` it. Raises `OSError` when the disk is nearly full."""
+        self.check_space()
         path = self.folder / f"{name}.tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o600), path
@@ -149,28 +156,30 @@ class Staging:
                 file.body.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all staged files."""
-        for _, _, _, path in self.files():
+        """Remove all files."""
+        for path in self.folder.iterdir():
             path.unlink(missing_ok=True)
 
 
-class _Spool:
+class Spool:
     """Bytes in memory that move to a staged file when they become many."""
 
-    def __init__(self, staging: Staging, name: str) -> None:
-        self._staging, self._name = staging, name
+    def __init__(self, staging: Staging, name: str, *, limit_bytes: int = SPOOL_BYTES) -> None:
+        self._staging, self._name, self._limit = staging, name, limit_bytes
         self._parts: list[bytes] = []
         self._size = 0
         self._file = -1
         self._path = Path()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        before, self._size = self._size, self._size + len(data)
         if self._file >= 0:
+            if before // SPOOL_BYTES != self._size // SPOOL_BYTES:
+                self._staging.check_space()
             _write_all(self._file, data)
             return
         self._parts.append(bytes(data))
-        self._size += len(data)
-        if self._size > SPOOL_BYTES:
+        if self._size > self._limit:
             self._file, self._path = self._staging.create(self._name)
             for part in self._parts:
                 _write_all(self._file, part)
@@ -197,7 +206,7 @@ def encode(staging: Staging, level: int, header: Header, pages: Iterable[tuple[i
     """
     import numpy as np
 
-    spool = _Spool(staging, _staged_name(level, header.min_txid, header.max_txid))
+    spool = Spool(staging, _staged_name(level, header.min_txid, header.max_txid))
     pgnos, sums = array("I"), array("Q")
     try:
         encoder = Encoder(spool.write, header)

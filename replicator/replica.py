@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ from replicator.errors import Fenced, LineageMismatch, ObjectNotFound, Precondit
 from replicator.format.ltx import TXID, FileInfo
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
-from replicator.storage.base import ReplicaClient
+from replicator.storage.base import ReplicaClient, created_at
 from replicator.storage.probe import probe_conditional_writes
 
 __all__ = ["Replica", "new_lineage"]
@@ -59,7 +61,8 @@ class Replica:
         self.files_sent = 0
         self.bytes_sent = 0
         self._lineage = b""
-        self._files: Mapping[int, Sequence[FileInfo]] = {}
+        self._guard = threading.Lock()
+        self._files: dict[int, list[FileInfo]] = {}
 
     @property
     def url(self) -> str:
@@ -72,8 +75,8 @@ class Replica:
             NonContiguous: the stored chain has a gap; nothing can be appended to it.
             StorageError: it cannot be read.
         """
-        self._files = list_files(self.client)
-        self.txid = chain_end(self._files)
+        self.relist()
+        self.txid = chain_end(self.listing())
         try:
             stored = self.client.get_control(LINEAGE)
         except ObjectNotFound:
@@ -113,23 +116,45 @@ class Replica:
         if not self.conditional:
             log.warning("store ignores conditional writes, a second writer is found late replica=%s", self.url)
 
+    # -- what is stored: one listing at the start, then kept up to date ------------------------------------------------------------
+
+    def listing(self) -> dict[int, list[FileInfo]]:
+        """Return the files of each level, as this process knows them. No request."""
+        with self._guard:
+            return {level: list(infos) for level, infos in self._files.items()}
+
+    def relist(self) -> None:
+        """Ask the store what is there."""
+        found = list_files(self.client)
+        with self._guard:
+            self._files = found
+
+    def record(self, info: FileInfo) -> None:
+        """Take note of a file that is stored now."""
+        with self._guard:
+            level = self._files.setdefault(info.level, [])
+            at = bisect_left(level, info)
+            if at < len(level) and level[at] == info:
+                level[at] = info
+            else:
+                level.insert(at, info)
+
+    def forget(self, files: Iterable[FileInfo]) -> None:
+        """Take note of files that are deleted."""
+        gone = {(info.level, info.min_txid, info.max_txid) for info in files}
+        with self._guard:
+            for level, infos in self._files.items():
+                self._files[level] = [info for info in infos if (level, info.min_txid, info.max_txid) not in gone]
+
     def plan(self) -> list[FileInfo]:
-        """Return the files that restore the newest state found by `open`; empty when nothing is stored."""
-        return plan_restore(self._files) if self.txid else []
+        """Return the files that restore the newest state; empty when nothing is stored."""
+        return plan_restore(self.listing()) if self.txid else []
 
     def files_after(self, txid: TXID) -> list[FileInfo] | None:
-        """Return the files that lead from `txid` to the newest state found by `open`; None when the chain does not pass there."""
-        found: list[FileInfo] = []
-        while txid < self.txid:
-            candidates = [
-                info for files in self._files.values() for info in files if info.min_txid == txid + 1 and info.max_txid <= self.txid
-            ]
-            if not candidates:
-                return None
-            best = max(candidates, key=lambda info: info.max_txid)
-            found.append(best)
-            txid = best.max_txid
-        return found
+        """Return the files that lead from `txid` to the newest state; None when the chain does not pass there."""
+        files = sorted(info for infos in self.listing().values() for info in infos if info.max_txid > txid)
+        # Full images lead there, too, but are read only where nothing smaller does.
+        return _cover([info for info in files if info.min_txid > 1], txid, self.txid) or _cover(files, txid, self.txid)
 
     def store(self, files: Sequence[OutFile], txid: TXID) -> None:
         """Append the files of the next TXID. Returns when all are stored durably.
@@ -140,17 +165,25 @@ class Replica:
         """
         for file in files:
             self._store(file)
-            self.files_sent += 1
-            self.bytes_sent += file.size
-        self.txid = txid
+            self._sent(file)
+        self.txid = max(self.txid, txid)
         self.last_stored_at = datetime.now(UTC)
 
-    def store_snapshot(self, file: OutFile) -> None:
-        """Store a full image beside the chain. Storing it again does nothing."""
+    def add(self, file: OutFile) -> None:
+        """Store a merged file or a full image beside the chain. One that stands there already is as good: it holds the same states."""
         try:
             self._store(file)
         except Fenced:
-            return  # a full image of this TXID is there already; its bytes differ by its time only
+            stored = [info for info in self.client.list(file.level, seek=file.min_txid) if info.max_txid == file.max_txid]
+            for info in stored:
+                self.record(info)
+            return
+        self._sent(file)
+
+    def _sent(self, file: OutFile) -> None:
+        self.files_sent += 1
+        self.bytes_sent += file.size
+        self.record(_info(file))
 
     def _store(self, file: OutFile) -> None:
         metadata = _Metadata(self._lineage, self.writer).as_dict()
@@ -172,15 +205,35 @@ class Replica:
 
     def _holds(self, file: OutFile) -> bool:
         """True when the file is there with our bytes, False when it is not there. Raises `Fenced` when it has other bytes."""
-        info = FileInfo(file.level, file.min_txid, file.max_txid, file.size, datetime.fromtimestamp(file.timestamp_ms / 1000, UTC))
         try:
-            with self.client.open(info) as theirs:
+            with self.client.open(_info(file)) as theirs:
                 same = _same(theirs.read, file.body)
         except ObjectNotFound:
             return False
         if not same:
             raise Fenced(self.url, file.max_txid)
         return True
+
+
+def _cover(files: Sequence[FileInfo], txid: TXID, target: TXID) -> list[FileInfo] | None:
+    """Return the fewest of `files`, which are in order, that lead from `txid` to `target`; None when there is a gap."""
+    found: list[FileInfo] = []
+    at = 0
+    while txid < target:
+        best: FileInfo | None = None
+        while at < len(files) and files[at].min_txid <= txid + 1:
+            if best is None or files[at].max_txid > best.max_txid:
+                best = files[at]
+            at += 1
+        if best is None or best.max_txid <= txid:
+            return None
+        found.append(best)
+        txid = best.max_txid
+    return found
+
+
+def _info(file: OutFile) -> FileInfo:
+    return FileInfo(file.level, file.min_txid, file.max_txid, file.size, created_at(file.timestamp_ms))
 
 
 def _same(read: object, body: bytes | Path) -> bool:

@@ -1,0 +1,225 @@
+"""Keep the history of one replica: compaction, full images, retention. What is due is decided by `levels.py` and `retention.py`.
+
+No request is made to find out what is due: the replica's listing was read at the start and is kept up to date. So a database that nobody
+writes to costs nothing. The keeper has no thread and never waits; its owner calls `step` when `due` says so.
+
+What cannot be done does not stop replication. It is logged once, shown in `problems`, and tried again later; deletion stops first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from replicator.chain import read_file
+from replicator.compactor import compact
+from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
+from replicator.levels import Compact, Files, History, due_compactions, due_snapshot
+from replicator.outbox import OutFile, Staging
+from replicator.recent import RecentFiles
+from replicator.replica import Replica
+from replicator.retention import due_retention, expired_files, safe_to_delete, untrusted_times
+
+__all__ = ["Keeper"]
+
+RETRY_S = (1.0, 5.0, 15.0, 60.0, 300.0)
+DENIED_RETRY_S = 3600.0
+CLOCK_JUMP_S = 60.0
+CLOCK_PAUSE_S = 600.0
+
+log = logging.getLogger(__name__)
+
+Key = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One thing to do: `name` for messages and retries, `due` in seconds since 1970."""
+
+    due: float
+    name: str
+    run: Callable[[], None]
+
+
+class Keeper:
+    """The history of one replica. `due` and `step` are called by one thread."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        history: History,
+        *,
+        scratch: Staging,
+        recent: RecentFiles,
+        take_snapshot: Callable[[TXID], AbstractContextManager[OutFile]],
+        in_use: Callable[[str], Collection[Key]] = lambda url: (),
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            scratch: folder for results that are too large for memory.
+            take_snapshot: gives a full image that is newer than a TXID and that the replica's raw files have reached.
+            in_use: the (level, min TXID, max TXID) that restores on this machine have planned, by the replica's URL.
+            clock, monotonic: seconds; the first since 1970.
+        """
+        self.replica = replica
+        self.history = history
+        self.problems: dict[str, str] = {}
+        self.compactions = self.snapshots = self.deleted = 0
+        self._scratch = scratch
+        self._recent = recent
+        self._take_snapshot = take_snapshot
+        self._in_use = in_use
+        self._clock = clock
+        self._monotonic = monotonic
+        self._damaged: set[Key] = set()
+        self._failures: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
+        self._clocks = clock(), monotonic()
+
+    def due(self) -> float | None:
+        """Return when the next thing is due, in seconds since 1970; None when nothing is before the next upload."""
+        return min((task.due for task in self._tasks()), default=None)
+
+    def step(self) -> bool:
+        """Do what is due first; False when nothing is due now."""
+        now = self._clock()
+        task = min((task for task in self._tasks() if task.due <= now), key=lambda task: task.due, default=None)
+        if task is None:
+            return False
+        try:
+            task.run()
+        except (ReplicatorError, OSError) as error:
+            self._failed(task.name, error)
+        else:
+            self._failures.pop(task.name, None)
+            if self.problems.pop(task.name, None):
+                log.info("history is kept again replica=%s task=%s", self.replica.url, task.name)
+        return True
+
+    def _tasks(self) -> list[_Task]:
+        """All that will be due without new files. Of what is due at the same time compaction comes first, from the lowest level up."""
+        now, files = self._clock(), self._sound(self.replica.listing())
+        tasks: list[_Task] = []
+        for due, compaction in due_compactions(files, self.history, now):
+            name = f"compaction into level {compaction.level}"
+            tasks.append(_Task(max(due, now + self._wait(name)), name, partial(self._compact, compaction)))
+        if (when := self._snapshot_due(files, now)) is not None:
+            tasks.append(_Task(max(when, now + self._wait("snapshot")), "snapshot", self._snapshot))
+        if (when := due_retention(files, self.history, now)) is not None:
+            tasks.append(_Task(max(when, now + self._wait("retention")), "retention", self._retain))
+        return tasks
+
+    def _wait(self, name: str) -> float:
+        return max(0.0, self._not_before.get(name, 0.0) - self._monotonic())
+
+    def _sound(self, files: Files) -> dict[int, list[FileInfo]]:
+        return {level: [info for info in infos if _key(info) not in self._damaged] for level, infos in files.items()}
+
+    def _failed(self, name: str, error: Exception) -> None:
+        count = self._failures[name] = self._failures.get(name, 0) + 1
+        delay = DENIED_RETRY_S if isinstance(error, AccessDenied) else RETRY_S[min(count, len(RETRY_S)) - 1]
+        self._not_before[name] = max(self._not_before.get(name, 0.0), self._monotonic() + delay)
+        if self.problems.get(name) != str(error):
+            log.warning("history is not kept replica=%s task=%s error=%r; replication goes on", self.replica.url, name, str(error))
+        self.problems[name] = str(error)
+
+    # -- compaction --------------------------------------------------------------------------------------------------------------
+
+    def _compact(self, task: Compact) -> None:
+        try:
+            done = compact(task.inputs, task.level, self._read, self._scratch)
+        except ObjectNotFound:
+            self.replica.relist()  # somebody else deletes here, too
+            raise
+        except CorruptReplica as error:
+            self._set_aside(task.inputs, error)
+            raise
+        try:
+            self.replica.add(done.out)
+            if isinstance(done.out.body, bytes):
+                self._recent.add(task.level, done.out.min_txid, done.out.max_txid, done.out.body)
+        finally:
+            if isinstance(done.out.body, Path):
+                done.out.body.unlink(missing_ok=True)
+        self.compactions += 1
+        log.debug(
+            "compacted replica=%s level=%d min_txid=%016x max_txid=%016x files=%d size=%d",
+            self.replica.url, task.level, done.out.min_txid, done.out.max_txid, done.taken, done.out.size,
+        )  # fmt: skip
+
+    def _read(self, info: FileInfo) -> Iterable[bytes]:
+        body = self._recent.get(info)
+        return [body] if body is not None else read_file(self.replica.client, info)
+
+    def _set_aside(self, inputs: Iterable[FileInfo], error: CorruptReplica) -> None:
+        """Leave a damaged file out from now on. A full image is due at once, so that what comes later can be restored again."""
+        for info in inputs:
+            if f"level {info.level} {info.name}" == error.name:
+                self._damaged.add(_key(info))
+                log.error(
+                    "stored file is damaged replica=%s level=%d name=%s; a full image follows", self.replica.url, info.level, info.name
+                )
+
+    # -- full images -------------------------------------------------------------------------------------------------------------
+
+    def _snapshot_due(self, files: Files, now: float) -> float | None:
+        newest = _newest_snapshot(files)
+        if any(high > newest for _, _, high in self._damaged):
+            return now
+        return due_snapshot(files, self.history, now, head=self.replica.txid)
+
+    def _snapshot(self) -> None:
+        with self._take_snapshot(_newest_snapshot(self.replica.listing())) as out:
+            self.replica.add(out)
+        self.snapshots += 1
+        log.info("snapshot complete replica=%s txid=%016x size=%d", self.replica.url, out.max_txid, out.size)
+
+    # -- retention ---------------------------------------------------------------------------------------------------------------
+
+    def _retain(self) -> None:
+        now, files = self._clock(), self.replica.listing()
+        self._not_before["retention"] = self._monotonic() + self.history.l0_retention_check_interval_s
+        if why := untrusted_times(files, now) or self._clock_jumped(now):
+            raise ReplicatorError(f"nothing is deleted: {why}")
+        doomed = expired_files(files, self.history, now)
+        try:
+            doomed = safe_to_delete(self._sound(files), doomed, self._in_use(self.replica.url))
+        except NonContiguous as error:
+            raise ReplicatorError(f"nothing is deleted, because the chain would be worse: {error}") from error
+        if not doomed:
+            return
+        # Full images first: what leads from an image to later states must not go before it.
+        doomed.sort(key=lambda info: (info.level != SNAPSHOT_LEVEL, info.level, info.min_txid))
+        self.replica.client.delete(doomed)
+        self.replica.forget(doomed)
+        self._damaged.difference_update(map(_key, doomed))
+        self.deleted += len(doomed)
+        log.debug("deleted replica=%s files=%d", self.replica.url, len(doomed))
+
+    def _clock_jumped(self, now: float) -> str:
+        """Return a text when the wall clock ran differently from the monotonic one: what is old cannot be told for a while."""
+        wall, steady = self._clocks
+        jump = (now - wall) - (self._monotonic() - steady)
+        self._clocks = now, self._monotonic()
+        if abs(jump) < CLOCK_JUMP_S:
+            return ""
+        self._not_before["retention"] = self._monotonic() + CLOCK_PAUSE_S
+        at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        return f"the clock jumped by {jump:+.0f} s, to {at}; deletion waits {CLOCK_PAUSE_S:.0f} s"
+
+
+def _key(info: FileInfo) -> Key:
+    return info.level, info.min_txid, info.max_txid
+
+
+def _newest_snapshot(files: Files) -> TXID:
+    return max((info.max_txid for info in files.get(SNAPSHOT_LEVEL, ())), default=TXID(0))
