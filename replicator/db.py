@@ -52,6 +52,7 @@ LOCK_RETRY_S = 0.00005
 LOCK_BUDGET_S = 0.25
 COPY_PASS_FRAMES = 256
 IMAGE_CHUNK_BYTES = 1 << 20
+LOCKED_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class Checkpoint:
         tail: what was read under the write lock, past the position that the caller gave; the caller owns it now.
         position: the new position, also when the attempt failed.
         locked_s: how long writers had to wait.
+        pinned: the pin began anew where `position` is; call `attached` once `position` and `tail` are taken over.
+        lost: why frames may have been copied that nobody read; empty when none were.
     """
 
     complete: bool
@@ -73,6 +76,8 @@ class Checkpoint:
     tail: Changes | None
     position: WALPosition
     locked_s: float
+    pinned: bool = False
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class Database:
     """One live database. The caller serialises all calls."""
 
     def __init__(self, path: Path, *, busy_timeout_s: float = 1.0) -> None:
+        """`path`: without symbolic links. SQLite follows them and puts the WAL beside the real file."""
         self.path = path
         self.page_size = 0
         self._wal_path = path.with_name(path.name + "-wal")
@@ -106,7 +112,10 @@ class Database:
         self._slot0 = False  # the pin may sit in slot 0
         self._restart_allowed = False  # the WAL may be restarted (once) under the pin
         self._pin_offset = 0  # where the pin began, at the latest
+        self._doubtful: WALPosition | None = None
+        self._checked_end: WALPosition | None = None
         self._identity = (0, 0)
+        self._wal_identity: tuple[int, int] | None = None
 
     # -- opening and closing -----------------------------------------------------------------------------------------------------
 
@@ -116,10 +125,15 @@ class Database:
         Raises:
             DatabaseNotFound, NotADatabase, NotWALMode, DatabaseLocked: the source is untouched then.
         """
+        self.close()
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             raise DatabaseNotFound(self.path) from None
+        if found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
+            # SQLite would keep one WAL for each name, and nobody would see what the others write.
+            hint = "keep one name; use a symbolic link for the others"
+            raise DatabaseStateError(f"database has {found.st_nlink} names (hard links): {self.path}", hint=hint)
         if not stat.S_ISREG(found.st_mode):
             raise NotADatabase(self.path, "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file")
         livefile.warn_about_second_library()
@@ -148,24 +162,31 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
         self._connections = []
-        self._pinned = False
+        self._pinned = self._attached = self._restart_allowed = False
+        self._doubtful = self._checked_end = self._wal_identity = None
 
     @property
     def is_attached(self) -> bool:
         """True when the pin has been held without a break since everything that it sees was synced."""
         return self._attached
 
+    @property
+    def is_end_checked(self) -> bool:
+        """False after a scan that ended at a frame of this very WAL whose checksum is wrong: a remnant of a rolled-back transaction, or
+        damage. A checkpoint tells which."""
+        return self._doubtful is None
+
     def refresh(self) -> None:
         """Read the page size anew, from the pinned state."""
         self.page_size = int(self._pin.execute("PRAGMA page_size").fetchone()[0])
 
     def replaced(self) -> bool:
-        """True when another file, or none, stands at the path now."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
+        """True when another file, or none, stands at the path now, or at that of its WAL. (SQLite deletes a WAL only when nobody has it
+        open, and we have.)
+        """
+        if _identity(self.path) != self._identity:
             return True
-        return (found.st_dev, found.st_ino) != self._identity
+        return self._wal_identity is not None and _identity(self._wal_path) != self._wal_identity
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
@@ -204,14 +225,18 @@ class Database:
         self._attached = False
 
     def attached(self, position: WALPosition) -> None:
-        """Take note that everything which the pin can see is synced, up to `position`."""
+        """Take note that everything which the pin can see is read, up to `position`.
+
+        Call it only for a position that a scan reached *under this pin*, in a WAL whose salts were the same after the scan.
+        """
         self._attached = True
         self._pin_offset = position.offset
 
     def _unpin(self) -> None:
+        self._attached = self._restart_allowed = False
         if self._pinned:
-            self._pin.execute("ROLLBACK")
             self._pinned = False
+            self._pin.execute("ROLLBACK")
 
     def _move_pin(self, position: WALPosition) -> None:
         """Move the pin to `position`, which is the WAL's end: call only with the write lock held."""
@@ -227,6 +252,16 @@ class Database:
             self._restart_allowed = False
             if found.start.offset == WAL_HEADER_SIZE:
                 self._pin_offset = WAL_HEADER_SIZE
+
+    def _release_writers(self) -> None:
+        try:
+            self._writer.execute("ROLLBACK")
+        except sqlite3.Error:
+            # The application must not wait for us for ever: a closed connection holds no lock.
+            self._connections.remove(self._writer)
+            self._writer.close()
+            self._writer = self._connect("rw")
+            self._connections.insert(0, self._writer)
 
     def _lock_writers(self) -> bool:
         """Take the write lock. SQLite's own back-off sleeps up to 100 ms and starves against a busy writer; this one does not."""
@@ -259,6 +294,8 @@ class Database:
             yield None
             return
         with wal:
+            if self._wal_identity is None:
+                self._wal_identity = wal.identity
             yield wal
 
     def observe(self, position: WALPosition, wal: WALFile | None) -> Decision:
@@ -278,6 +315,8 @@ class Database:
         found = wal.changes(position, page_size=self.page_size, big_endian=header.big_endian, limit=limit)
         if found is not None:
             self._progress(found)
+        end = found.end if found is not None else position
+        self._doubtful = end if wal.ended_at_wrong_checksum and end != self._checked_end else None
         return found
 
     def image(self) -> Image:
@@ -397,8 +436,8 @@ class Database:
                 decision = self.observe(position, wal)
                 if wal is None or not isinstance(decision, Continue):
                     return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
-                tail = self.changes(decision.position, wal)
-            if tail is not None and tail.data is None:  # too much to hold back writers for: the ordinary sync takes it
+                tail = self.changes(decision.position, wal, limit=LOCKED_READ_BYTES)
+            if tail is not None and (tail.more or tail.data is None):  # too much to hold back writers for: the ordinary sync takes it
                 return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
             position = tail.end if tail is not None else decision.position
             if tail is not None:
@@ -414,13 +453,28 @@ class Database:
                 busy, total, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             finally:
                 self.pin()
-                self.attached(position)
             frames = (position.offset - WAL_HEADER_SIZE) // frame_size(self.page_size)
-            return Checkpoint(busy == 0 and total == copied == frames, True, busy != 0, tail, position, time.monotonic() - locked)
+            # Fewer are possible: somebody has restarted the WAL in the shared index, and no writer has written its header yet.
+            if total > frames:
+                reason = f"SQLite counts {total} frames in the WAL, of which {frames} could be read"
+                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason)
+            self._checked_end, self._doubtful = (position if total >= 0 else None), None
+            complete = busy == 0 and total == copied
+            return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
         finally:
-            self._writer.execute("ROLLBACK")
+            self._release_writers()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _begin_read(connection: sqlite3.Connection) -> None:
+    if connection.in_transaction:  # left over from an attempt that failed half-way
+        connection.execute("ROLLBACK")
     connection.execute("BEGIN")
     connection.execute("PRAGMA user_version").fetchone()

@@ -15,41 +15,53 @@ an entry is outstanding loses nothing either: the pages are in the database file
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from replicator.chain import read_chain
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image
-from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, FormatError, LineageMismatch
+from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning
 from replicator.format.checksum import page_checksum
-from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Decoder, Header
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Header
 from replicator.format.sqlite import lock_pgno
+from replicator.joining import Known, join, join_later
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging, encode
 from replicator.pagetable import PageTable, TableState
-from replicator.replica import Replica, new_lineage
+from replicator.replica import Replica
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
 from replicator.walreader import Changes, WALFile
 
 if TYPE_CHECKING:
-    from replicator.format.ltx import FileInfo
+    pass
 
 __all__ = ["Engine"]
 
 MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
+CLOCK_BACK_MS = 60_000
+KNOWN_EVERY_S = 5.0
 
 log = logging.getLogger(__name__)
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    # The lock lives as long as any descriptor of it: a child must not keep it when its parent dies.
+    for engine in _engines:
+        engine._forget_lock()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Engine:
@@ -83,7 +95,13 @@ class Engine:
         self._database = Database(path, busy_timeout_s=busy_timeout_s)
         self._table: PageTable | None = None
         self._staging: Staging | None = None
+        self._scratch: Staging | None = None
+        self._known: Known | None = None
+        self._known_at = 0.0
+        self._lineage = b""
         self._lock_file = -1
+        self.at_end = True  # the last `advance` read the WAL to its end
+        self._xor = 0  # checksum of the whole database at `txid`
         self._position: WALPosition = NO_WAL  # end of what was read for encoding
         self._commit = 0
         self._timestamp_ms = 0
@@ -94,6 +112,7 @@ class Engine:
         self._failures = 0
         self._contended = False
         self._last_attempt = 0.0
+        _engines.add(self)
 
     # -- opening -----------------------------------------------------------------------------------------------------------------
 
@@ -116,22 +135,37 @@ class Engine:
         self._database.open()
         self._take_lock()
         self._staging = Staging(self._folder / "staged", limit_bytes=self._staging_limit)
-        known = self._read_known()
-        recorded = [replica.open() for replica in self.replicas]
-        self._table = PageTable.open(self._folder / "pages")
-        lineage = self._choose_lineage(recorded, known)
-        for replica, found in zip(self.replicas, recorded, strict=True):
-            replica.join(lineage, found, known_txid=0 if self._force_snapshot else known.get(replica.url, 0))
-        head = max(self.replicas, key=lambda replica: replica.txid)
-        staged = self._staged_after(head.txid)
-        self._table = self._bring_to(head, lineage, staged)
+        self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit)
+        self._scratch.clear()
+        self._known = Known(self._folder / "replicas.json")
+        joined = join(
+            self.replicas,
+            folder=self._folder,
+            staging=self._staging,
+            known=self._known,
+            page_size=self._database.page_size,
+            force_snapshot=self._force_snapshot,
+        )
+        self._table, self._lineage = joined.table, joined.lineage
         self._salvage_litestream()
         state = self._table.state
-        self.txid, self._commit, self._timestamp_ms = state.txid, state.commit, state.timestamp_ms
+        self.txid, self._commit, self._timestamp_ms, self._xor = state.txid, state.commit, state.timestamp_ms, state.xor
         self._position = state.position
         self._resync_reason = "first sync" if not state.txid else None
-        self._write_known()
-        return staged
+        return joined.staged
+
+    def join_later(self, replica: Replica) -> None:
+        """Open a replica that did not answer at the start. Called by the replica's own thread. Errors are those of `open`."""
+        assert self._known is not None
+        others = [other for other in self.replicas if other is not replica and other.online]
+        head = max(others, key=lambda other: other.txid, default=None)
+        join_later(replica, lineage=self._lineage, known=self._known, newest=self.txid, head=head)
+
+    @property
+    def scratch(self) -> Staging:
+        """Folder for temporary results that are too large for memory; emptied at each start."""
+        assert self._scratch is not None
+        return self._scratch
 
     def _take_lock(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,114 +177,6 @@ class Engine:
             self._lock_file = -1
             raise EngineRunning(self.path) from None
 
-    def _choose_lineage(self, recorded: Sequence[bytes | None], known: dict[str, int]) -> bytes:
-        """One lineage for the table and all replicas. Empty, unknown replicas begin a new one."""
-        table = self._table.state.lineage if self._table else None
-        stored = [found for found in recorded if found is not None]
-        empty = all(replica.txid == 0 for replica in self.replicas)
-        if empty and (self._force_snapshot or not any(replica.url in known for replica in self.replicas)):
-            # Nothing is stored, and nothing is known to have been: TXID 1 of a new history, unless a replica already names one.
-            if self._table is not None:
-                self._table.close()
-                self._table = None
-            assert self._staging is not None
-            self._staging.clear()
-            return stored[0] if stored else new_lineage()
-        if table is not None and stored and table not in stored:
-            raise LineageMismatch(self.replicas[0].url, expected=table.hex(), got=stored[0].hex())
-        return table or (stored[0] if stored else new_lineage())
-
-    def _staged_after(self, txid: TXID) -> list[Entry]:
-        """Return the staged entries that continue the replica's chain; remove the others."""
-        assert self._staging is not None
-        table_txid = self._table.state.txid if self._table else TXID(0)
-        nothing = _no_pages()
-        entries: dict[TXID, list[OutFile]] = {}
-        for level, min_txid, max_txid, path in self._staging.files():
-            if txid < max_txid <= table_txid:
-                with contextlib.suppress(FormatError):
-                    header = _verify(path)
-                    entries.setdefault(max_txid, []).append(OutFile(level, min_txid, max_txid, header.timestamp_ms, path))
-                    continue
-            path.unlink(missing_ok=True)
-        found = []
-        for expected in range(txid + 1, table_txid + 1):
-            files = entries.get(TXID(expected))
-            if files is None:
-                break
-            found.append(Entry(TXID(expected), tuple(files), nothing, 0, 0, files[-1].timestamp_ms, NO_WAL))
-        return found
-
-    def _bring_to(self, head: Replica, lineage: bytes, staged: Sequence[Entry]) -> PageTable:
-        """Return a table that describes the end of the chain (with what is staged), by the cheapest way that is proven."""
-        table = self._table
-        if table is not None and table.state.lineage == lineage:
-            if table.state.txid > head.txid:
-                if table.is_intact and staged and staged[-1].txid == table.state.txid:
-                    return table
-            elif self._roll_forward(table, head):
-                return table
-        if table is not None:
-            log.info("page table is rebuilt from the replica db=%s replica=%s txid=%016x", self.path, head.url, head.txid)
-            table.close()
-            self._table = None
-        assert self._staging is not None
-        self._staging.clear()
-        if isinstance(staged, list):
-            staged.clear()
-        return self._rebuild(head, lineage)
-
-    def _roll_forward(self, table: PageTable, head: Replica) -> bool:
-        """Apply the stored files that the table lacks. False when that does not lead to a proven state."""
-        files = head.files_after(table.state.txid)
-        if files is None:
-            return False
-        if not table.is_intact:
-            if not files or table.state.next_txid == table.state.txid:
-                return False
-            header, encoded = _read_pages(head, files[0])
-            if header.page_size != table.state.page_size:
-                return False
-            if not table.repair(files[0].max_txid, encoded.pgnos, encoded.checksums, header.commit, header.timestamp_ms):
-                return False
-            files = files[1:]
-        for info in files:
-            header, encoded = _read_pages(head, info)
-            if header.page_size != table.state.page_size:
-                return False
-            table.apply(
-                info.max_txid, encoded.pgnos, encoded.checksums, commit=header.commit, timestamp_ms=header.timestamp_ms, position=NO_WAL
-            )
-        return True
-
-    def _rebuild(self, head: Replica, lineage: bytes) -> PageTable:
-        import numpy as np
-
-        path = self._folder / "pages"
-        plan = head.plan()
-        if not plan:
-            return PageTable.create(path, lineage=lineage, page_size=self._database.page_size)
-        sums: dict[int, list[int]] = {}
-        guard = threading.Lock()
-
-        page_size = 0
-
-        def note(first: int, run: bytes | bytearray | memoryview) -> None:
-            view = memoryview(run)
-            found = [page_checksum(first + i, view[i * page_size : (i + 1) * page_size]) for i in range(len(view) // page_size)]
-            with guard:
-                sums[first] = found
-
-        with head.client.open(plan[-1], size=100) as stream:
-            page_size = _page_size(stream.read())
-        header = read_chain(head.client, plan, note)
-        starts = sorted(sums)
-        pgnos = np.concatenate([np.arange(first, first + len(sums[first]), dtype=np.uint32) for first in starts])
-        checksums = np.concatenate([np.array(sums[first], dtype=np.uint64) for first in starts])
-        table = PageTable.create(path, lineage=lineage, page_size=page_size)
-        table.apply(head.txid, pgnos, checksums, commit=header.commit, timestamp_ms=header.timestamp_ms, position=NO_WAL)
-        return table
-
     def _salvage_litestream(self) -> None:
         """Move Litestream's own local files aside: when it comes back it would append stale pages after ours."""
         theirs = self._meta_path / "ltx"
@@ -258,20 +184,6 @@ class Engine:
             aside = self._folder / f"salvaged-ltx-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
             theirs.rename(aside)
             log.warning("moved Litestream's local files aside db=%s to=%s", self.path, aside)
-
-    def _read_known(self) -> dict[str, int]:
-        try:
-            known = json.loads((self._folder / "replicas.json").read_bytes())
-            return {str(url): int(txid) for url, txid in known.items()}
-        except (FileNotFoundError, ValueError, AttributeError, TypeError):
-            return {}
-
-    def _write_known(self) -> None:
-        known = self._read_known()
-        known.update({replica.url: int(replica.txid) for replica in self.replicas})
-        temporary = self._folder / "replicas.tmp"
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        temporary.replace(self._folder / "replicas.json")
 
     def close(self) -> None:
         """Release everything; the WAL and the staged files stay. Closing twice does nothing."""
@@ -282,10 +194,16 @@ class Engine:
             if self._table is not None:
                 self._table.close()
                 self._table = None
-                self._write_known()
+                if self._known is not None:
+                    self._known.note(self.replicas)
             if self._lock_file >= 0:
-                os.close(self._lock_file)
-                self._lock_file = -1
+                fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked child may share it
+                self._forget_lock()
+
+    def _forget_lock(self) -> None:
+        if self._lock_file >= 0:
+            os.close(self._lock_file)
+            self._lock_file = -1
 
     # -- syncing -----------------------------------------------------------------------------------------------------------------
 
@@ -307,30 +225,50 @@ class Engine:
                 entry = self._encode(self._tails[0], None)
                 self._tails.pop(0)
                 return entry
+            self.at_end = True
             if self._resync_reason is None:
                 with self._database.wal() as wal:
                     decision = self._database.observe(self._position, wal)
                     if isinstance(decision, Continue) and wal is not None:
-                        if not self._database.is_attached:
-                            self._database.attached(decision.position)
-                        return self._read(decision.position, wal)
-                    if not isinstance(decision, Resynchronise):
+                        found = self._read(decision.position, wal)
+                        if not isinstance(found, Resynchronise):
+                            return found
+                        decision = found
+                    elif not isinstance(decision, Resynchronise):
                         if self._database.is_attached:
                             return None
                         decision = Resynchronise("there is no WAL to continue in")
                 self._resync_reason = decision.reason
             return self._resynchronise(self._resync_reason)
 
-    def _read(self, position: WALPosition, wal: WALFile) -> Entry | None:
+    def _read(self, position: WALPosition, wal: WALFile) -> Entry | Resynchronise | None:
         changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
+        self.at_end = changes is None or not changes.more
+        if not self._database.is_attached:
+            # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
+            # database file by now were not seen. If it happens later, everything before it has been read.
+            if not self._database.salts_are(position.salts):
+                return Resynchronise("the WAL was restarted while it was read for the first time")
+            if self.at_end:
+                self._database.attached(position if changes is None else changes.end)
         if changes is None:
             self._position = position
+            self._check_end()
             return None
         self._preserve(changes)
-        entry = self._encode(changes, wal)
-        if changes.data is None and not self._database.salts_are(changes.end.salts):
-            raise DatabaseStateError(f"the WAL was restarted while it was read: {self.path}")  # read again at the next call
-        return entry
+        return self._encode(changes, wal)
+
+    def _check_end(self) -> None:
+        """Find out whether frames follow that SQLite knows and that cannot be read. Nothing may be acknowledged before that is clear.
+
+        Raises:
+            DatabaseStateError: somebody else is writing or checkpointing; ask again.
+        """
+        if self._database.is_end_checked:
+            return
+        self.checkpoint()
+        if self._resync_reason is None and not self._tails and not self._database.is_end_checked:
+            raise DatabaseStateError(f"cannot tell yet where the WAL ends, because others are busy: {self.path}")
 
     def _preserve(self, changes: Changes) -> None:
         for snapshot in self._snapshots:
@@ -342,10 +280,22 @@ class Engine:
         header = self._header(txid, txid, changes.commit, changes.end)
         images = changes.pages(wal) if wal is not None else changes.kept_pages()
         out, encoded = encode(self._staging, 0, header, self._with_growth(images, changes))
+        if wal is not None and changes.data is None and not self._database.salts_are(changes.end.salts):
+            _discard(out)
+            raise DatabaseStateError(f"the WAL was restarted while it was read: {self.path}")  # read again at the next call
+        if self._database.replaced():
+            _discard(out)
+            raise DatabaseStateError(f"the database was replaced while it was read: {self.path}")
+        self._xor = self._xor_after(encoded, changes.commit)
         self.txid, self._commit, self._position = txid, changes.commit, changes.end
         if self._frames_since is None:
             self._frames_since = time.monotonic()
         return Entry(txid, (out,), encoded, changes.page_size, changes.commit, header.timestamp_ms, changes.end)
+
+    def _xor_after(self, encoded: EncodedPages, commit: int) -> int:
+        """Return the checksum of the whole database after an entry that follows the table's state."""
+        assert self._table is not None
+        return self._table.xor_after(encoded.pgnos, encoded.checksums, commit=commit)
 
     def _with_growth(self, images: Iterator[tuple[int, bytes]], changes: Changes) -> Iterator[tuple[int, bytes | memoryview]]:
         """Add the pages by which the database grew without a frame, and drop the lock page."""
@@ -372,7 +322,13 @@ class Engine:
 
     def _header(self, min_txid: TXID, max_txid: TXID, commit: int, position: WALPosition) -> Header:
         """WAL fields are (32, 0, current salts): whoever takes over reads this WAL from its start, and misses nothing of it."""
-        self._timestamp_ms = max(self._timestamp_ms, int(self._clock() * 1000))
+        now = int(self._clock() * 1000)
+        if self._timestamp_ms > now + CLOCK_BACK_MS:
+            log.warning(
+                "the clock was set back, and so are the times of files db=%s seconds=%d", self.path, (self._timestamp_ms - now) // 1000
+            )
+            self._timestamp_ms = now
+        self._timestamp_ms = max(self._timestamp_ms, now)
         return Header(
             page_size=self._database.page_size,
             commit=commit,
@@ -387,9 +343,13 @@ class Engine:
         )
 
     def settled(self, entry: Entry) -> None:
-        """Move the table to an entry that is stored on a replica, or staged."""
+        """Move the table to an entry that is stored on a replica, or staged. When it fails, call it again before anything else."""
         with self.lock:
             assert self._table is not None
+            if entry.txid == self._table.state.txid:
+                return
+            assert entry.txid == self._table.state.txid + 1, "an entry is missing"
+            self._note_known()
             if entry.page_size != self._table.state.page_size:
                 lineage = self._table.state.lineage
                 self._table.close()
@@ -402,6 +362,14 @@ class Engine:
                 timestamp_ms=entry.timestamp_ms,
                 position=entry.position,
             )
+
+    def _note_known(self) -> None:
+        """Write down now and then how far the replicas are; the first time before the table says that something is stored."""
+        assert self._known is not None
+        now = time.monotonic()
+        if now >= self._known_at + KNOWN_EVERY_S or any(item.txid and not self._known.get(item.url) for item in self.replicas):
+            self._known.note(self.replicas)
+            self._known_at = now
 
     def stage(self, entry: Entry) -> Entry | None:
         """Make an entry survive this process; None when the staging folder is full."""
@@ -417,14 +385,14 @@ class Engine:
 
     def _reopen(self) -> None:
         """Another file stands at the path, or none."""
+        for snapshot in self._snapshots:
+            snapshot.cancel("the database was replaced")
         if not self.path.exists():
             raise DatabaseNotFound(self.path)
         self._database.close()
-        database = Database(self.path, busy_timeout_s=self._busy_timeout_s)
-        database.open()
-        self._database = database
+        self._database.open()
         self._tails.clear()
-        self._resync_reason = "the database file was replaced"
+        self._resync_reason = "the database file or its WAL was replaced"
 
     def _resynchronise(self, reason: str) -> Entry | None:
         """Upload exactly the pages that differ from the replicated state."""
@@ -438,12 +406,13 @@ class Engine:
         image = self._database.image()
         self._database.attached(image.position)
         state = self._table.state
+        self.txid, self._xor = state.txid, state.xor
         self._frames_since = time.monotonic() if image.overlay else None
         if image.commit == 0:
             self._position, self._resync_reason = image.position, None
             return None
         if state.txid and state.page_size != image.page_size:
-            entry: Entry | None = self._page_size_changed(image)
+            entry: Entry | None = self._page_size_changed(image, state)
         else:
             entry = self._difference(image, state)
         log.info(
@@ -464,6 +433,7 @@ class Engine:
         txid = TXID(state.txid + 1)
         header = self._header(txid, txid, image.commit, image.position)
         out, encoded = encode(self._staging, 0, header, _chain(first, pages))
+        self._xor = self._xor_after(encoded, image.commit)
         self.txid = txid
         return Entry(txid, (out,), encoded, image.page_size, image.commit, header.timestamp_ms, image.position)
 
@@ -478,14 +448,15 @@ class Engine:
                 if first + index != skip and checksum != page_checksum(first + index, page):
                     yield first + index, page
 
-    def _page_size_changed(self, image: Image) -> Entry:
+    def _page_size_changed(self, image: Image, state: TableState) -> Entry:
         """A chain may not mix page sizes: a snapshot that ends at the new TXID comes first."""
         assert self._staging is not None
-        txid = TXID(self.txid + 1)
+        txid = TXID(state.txid + 1)
         header = self._header(TXID(1), txid, image.commit, image.position)
         snapshot, encoded = encode(self._staging, SNAPSHOT_LEVEL, header, self._all_pages(image))
         header = self._header(txid, txid, image.commit, image.position)
         raw, _ = encode(self._staging, 0, header, self._all_pages(image))
+        self._xor = encoded.xor()
         self.txid = txid
         return Entry(txid, (snapshot, raw), encoded, image.page_size, image.commit, header.timestamp_ms, image.position)
 
@@ -525,6 +496,8 @@ class Engine:
             result = self._database.checkpoint(self._position, self._preserve, copy_first=not self._contended)
             self._take(result)
             self._contended = result.contended
+            if result.lost:
+                return False
             if result.complete:
                 self._failures = 0
                 self._frames_since = None
@@ -534,6 +507,12 @@ class Engine:
             return result.complete
 
     def _take(self, result: Checkpoint) -> None:
+        if result.lost:
+            log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
+            self._resync_reason = result.lost
+            return
+        if result.pinned:
+            self._database.attached(result.position)
         if result.tail is not None:
             self._tails.append(result.tail)
         self._position = result.position
@@ -547,23 +526,33 @@ class Engine:
     def snapshot(self) -> OutFile:
         """Encode a level-9 file of the newest TXID while commits, syncs and checkpoints go on. May run in any thread.
 
+        The caller removes the file, when it is one. It may store it only where the raw files have reached that TXID.
+
         Raises:
             DatabaseStateError: there is nothing to take it of yet, or continuity was lost meanwhile.
         """
-        assert self._staging is not None
         with self.lock:
             if not self.txid or self._resync_reason is not None or self._tails:
                 raise DatabaseStateError(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
             snapshot = Snapshot(self._database, txid=self.txid, commit=self._commit, position=self._position, folder=self._folder)
-            header = self._header(TXID(1), self.txid, self._commit, self._position)
+            header, xor = self._header(TXID(1), self.txid, self._commit, self._position), self._xor
             self._snapshots.append(snapshot)
         try:
             with snapshot:
-                out, _ = encode(self._staging, SNAPSHOT_LEVEL, header, snapshot.pages(lambda: self.lock))
+                out, encoded = encode(self.scratch, SNAPSHOT_LEVEL, header, snapshot.pages(lambda: self.lock), unique=True)
+            if encoded.xor() != xor:
+                # Somebody changed the file itself: what was read is no state that ever was.
+                _discard(out)
+                raise DatabaseStateError(f"snapshot of TXID {header.max_txid:016x} is not the state that was synced: {self.path}")
             return out
         finally:
             with self.lock:
                 self._snapshots.remove(snapshot)
+
+
+def _discard(out: OutFile) -> None:
+    if isinstance(out.body, Path):
+        out.body.unlink(missing_ok=True)
 
 
 def _chain(
@@ -572,43 +561,3 @@ def _chain(
     if first is not None:
         yield first
         yield from rest
-
-
-def _no_pages() -> EncodedPages:
-    import numpy as np
-
-    return EncodedPages(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint64))
-
-
-def _page_size(header: bytes) -> int:
-    from replicator.format.ltx import decode_header
-
-    return decode_header(header).page_size
-
-
-def _verify(path: Path) -> Header:
-    """Read a staged file to its end. Raises `FormatError`."""
-    decoder = Decoder()
-    with path.open("rb") as file:
-        while data := file.read(READ_BYTES):
-            decoder.feed(data)
-    decoder.close()
-    assert decoder.header is not None
-    return decoder.header
-
-
-def _read_pages(replica: Replica, info: FileInfo) -> tuple[Header, EncodedPages]:
-    """Read a stored file to its end and return the checksums of its pages."""
-    import numpy as np
-
-    decoder = Decoder()
-    pgnos: list[int] = []
-    sums: list[int] = []
-    with replica.client.open(info) as stream:
-        while data := stream.read(READ_BYTES):
-            for pgno, page, _ in decoder.feed(data):
-                pgnos.append(pgno)
-                sums.append(page_checksum(pgno, page))
-    decoder.close()
-    assert decoder.header is not None
-    return decoder.header, EncodedPages(np.array(pgnos, dtype=np.uint32), np.array(sums, dtype=np.uint64))

@@ -27,6 +27,7 @@
       ReplicaStateError      the replica does not belong to this database
         LineageMismatch      (url, expected, got)
         ReplicaEmptied       (url, txid)
+        Diverged             (url, other, txid) two replicas hold different files of one TXID
       LeaseError             this process is not the writer
         Fenced               (txid) another writer appended at our TXID
       ConfigError            a bad setting: URL, option, path
@@ -50,6 +51,7 @@ __all__ = [
     "DatabaseLocked",
     "DatabaseNotFound",
     "DatabaseStateError",
+    "Diverged",
     "EngineRunning",
     "Fenced",
     "FormatError",
@@ -291,6 +293,17 @@ class ReplicaEmptied(ReplicaStateError):
         super().__init__(
             f"replica lost files: {url} (had TXID {expected:016x}, now {got:016x})",
             hint="check the path and its lifecycle rules; a new path or -force-snapshot starts afresh",
+        )
+
+
+class Diverged(ReplicaStateError):
+    """A replica holds another history than the one that it is compared with."""
+
+    def __init__(self, url: str, other: str, txid: int) -> None:
+        self.url, self.other, self.txid = url, other, txid
+        super().__init__(
+            f"replica tells another history: {url} (TXID {txid:016x} is not that of {other})",
+            hint="leave one of the two out, or give it a new, empty path; `pyrepl restore` shows what each holds",
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from array import array
 from collections.abc import Iterable
@@ -53,6 +54,19 @@ class EncodedPages:
     pgnos: NDArray[np.uint32]
     checksums: NDArray[np.uint64]
 
+    @classmethod
+    def none(cls) -> EncodedPages:
+        """Return an empty one."""
+        import numpy as np
+
+        return cls(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint64))
+
+    def xor(self) -> int:
+        """XOR of the checksums: for a full image, the checksum of the whole database."""
+        import numpy as np
+
+        return int(np.bitwise_xor.reduce(self.checksums))
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -94,15 +108,15 @@ class Staging:
     def create(self, name: str) -> tuple[int, Path]:
         """Open a new temporary file for writing; `finish` or `discard` it. Raises `OSError` when the disk is nearly full."""
         self.check_space()
-        path = self.folder / f"{name}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        path = self.folder / f"{name}.{secrets.token_hex(6)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o600), path
 
     def finish(self, file: int, path: Path) -> Path:
         """Make the file durable under its final name."""
         os.fsync(file)
         os.close(file)
-        final = path.with_suffix("")
+        final = path.with_suffix("").with_suffix("")
         os.replace(path, final)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -197,8 +211,13 @@ class Spool:
             self._file = -1
 
 
-def encode(staging: Staging, level: int, header: Header, pages: Iterable[tuple[int, bytes | memoryview]]) -> tuple[OutFile, EncodedPages]:
+def encode(
+    staging: Staging, level: int, header: Header, pages: Iterable[tuple[int, bytes | memoryview]], *, unique: bool = False
+) -> tuple[OutFile, EncodedPages]:
     """Encode one LTX file from pages in ascending order.
+
+    Args:
+        unique: give the file, when it is one, a name of its own; else that of its place in the chain, by which `Staging.files` finds it.
 
     Raises:
         FormatError: the pages break a rule of the format.
@@ -206,7 +225,7 @@ def encode(staging: Staging, level: int, header: Header, pages: Iterable[tuple[i
     """
     import numpy as np
 
-    spool = Spool(staging, _staged_name(level, header.min_txid, header.max_txid))
+    spool = Spool(staging, f"{secrets.token_hex(8)}.ltx" if unique else _staged_name(level, header.min_txid, header.max_txid))
     pgnos, sums = array("I"), array("Q")
     try:
         encoder = Encoder(spool.write, header)

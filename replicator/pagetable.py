@@ -96,7 +96,7 @@ class PageTable:
         temporary = path.with_suffix(".tmp")
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(file, ENTRIES_AT + GROWTH)
+            _allocate(file, ENTRIES_AT + GROWTH)
             os.replace(temporary, path)
             table = cls(path, file, TableState(lineage, TXID(0), page_size, 0), 0)
         except BaseException:
@@ -165,21 +165,30 @@ class PageTable:
             commit: database size in pages after it; entries beyond are cleared.
             position: end of the WAL frames that it covers.
         """
-        import numpy as np
-
         old = self.state
         self._reserve(max(commit, old.commit))
-        entries = np.frombuffer(self._map, dtype="<u8", offset=ENTRIES_AT)
-        before = entries[pgnos.astype(np.int64) - 1]
-        xor = old.xor ^ int(np.bitwise_xor.reduce(before)) ^ int(np.bitwise_xor.reduce(checksums)) if len(pgnos) else old.xor
-        if commit < old.commit:
-            xor ^= int(np.bitwise_xor.reduce(entries[commit : old.commit]))
-        del entries, before
+        if commit > old.commit:  # a crash may have left something there
+            self._map[ENTRIES_AT + old.commit * ENTRY_SIZE : ENTRIES_AT + commit * ENTRY_SIZE] = bytes((commit - old.commit) * ENTRY_SIZE)
+        xor = self.xor_after(pgnos, checksums, commit=commit)
         self.state = replace(old, next_txid=txid, next_xor=xor)
         self._write_slot()
         self._store(pgnos, checksums, commit, old.commit)
         self.state = TableState(old.lineage, txid, old.page_size, commit, xor, timestamp_ms, txid, xor, position)
         self._write_slot()
+
+    def xor_after(self, pgnos: Pgnos, checksums: Checksums, *, commit: int) -> int:
+        """Return the XOR that `apply` with the same arguments leads to."""
+        import numpy as np
+
+        old = self.state
+        entries = np.frombuffer(self._map, dtype="<u8", count=old.commit, offset=ENTRIES_AT)
+        known = pgnos[pgnos <= old.commit].astype(np.int64) - 1
+        xor = old.xor ^ int(np.bitwise_xor.reduce(entries[known])) ^ int(np.bitwise_xor.reduce(checksums))
+        if commit < old.commit:
+            # `pgnos` has none beyond `commit`, so that no page is taken out twice.
+            xor ^= int(np.bitwise_xor.reduce(entries[commit:]))
+        del entries
+        return xor
 
     def move(self, position: WALPosition) -> None:
         """Record that the WAL was read up to `position` without a change to the state."""
@@ -204,8 +213,8 @@ class PageTable:
         if need <= len(self._map):
             return
         size = -(-need // GROWTH) * GROWTH
+        _allocate(self._file, size)
         self._map.close()
-        os.ftruncate(self._file, size)
         self._map = mmap.mmap(self._file, size)
 
     def _store(self, pgnos: Pgnos, checksums: Checksums, commit: int, old_commit: int) -> None:
@@ -234,6 +243,14 @@ class PageTable:
         )[:-4]  # fmt: skip
         at = (self._sequence % 2) * SLOT_SIZE
         self._map[at : at + _SLOT.size] = body + struct.pack("<I", zlib.crc32(body))
+
+
+def _allocate(file: int, size: int) -> None:
+    """Give a file its size with blocks behind it: writing through a map into a hole of a full disk kills the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 def _decode_slot(data: bytes) -> tuple[int, TableState] | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from replicator.chain import list_files
 from replicator.errors import Fenced, LineageMismatch, ObjectNotFound, PreconditionFailed, ReplicaEmptied, StorageError
-from replicator.format.ltx import TXID, FileInfo
+from replicator.format.ltx import TRAILER_SIZE, TXID, FileInfo
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import ReplicaClient, created_at
@@ -56,6 +56,9 @@ class Replica:
         self.txid = TXID(0)
         self.writer = writer
         self.conditional = True
+        self.online = False
+        self.needs_image = False
+        """True when nothing can be appended before a full image of the newest state was stored."""
         self.last_stored_at: datetime | None = None
         self.error: str | None = None
         self.files_sent = 0
@@ -156,6 +159,14 @@ class Replica:
         # Full images lead there, too, but are read only where nothing smaller does.
         return _cover([info for info in files if info.min_txid > 1], txid, self.txid) or _cover(files, txid, self.txid)
 
+    def shares_newest_file_with(self, other: Replica) -> bool | None:
+        """Compare the newest raw file with the other's of the same TXID; None when one of them has none. Two small requests."""
+        mine = [info for info in self.listing().get(0, ()) if info.max_txid == self.txid]
+        theirs = [info for info in other.listing().get(0, ()) if info.max_txid == self.txid]
+        if not mine or not theirs:
+            return None
+        return mine[0].size == theirs[0].size and _trailer(self.client, mine[0]) == _trailer(other.client, theirs[0])
+
     def store(self, files: Sequence[OutFile], txid: TXID) -> None:
         """Append the files of the next TXID. Returns when all are stored durably.
 
@@ -230,6 +241,12 @@ def _cover(files: Sequence[FileInfo], txid: TXID, target: TXID) -> list[FileInfo
         found.append(best)
         txid = best.max_txid
     return found
+
+
+def _trailer(client: ReplicaClient, info: FileInfo) -> bytes:
+    """Return the last bytes of a file, with the checksum of all before."""
+    with client.open(info, offset=max(0, info.size - TRAILER_SIZE), size=TRAILER_SIZE) as stream:
+        return stream.read()
 
 
 def _info(file: OutFile) -> FileInfo:

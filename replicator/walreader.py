@@ -83,6 +83,10 @@ class WALFile:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises `FileNotFoundError`."""
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self._file)
+        self.identity = status.st_dev, status.st_ino
+        self.ended_at_wrong_checksum = False
+        """Whether `changes` stopped at a frame that carries the WAL's salts, but not the right checksum."""
 
     def __enter__(self) -> WALFile:
         return self
@@ -165,6 +169,10 @@ class WALFile:
                 more = True
                 break
             want = max(NEXT_READ // size, 1) * size
+        following = self.frame_header(offset) if not more and (stop_at is None or offset < stop_at) else None
+        self.ended_at_wrong_checksum = (
+            following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
+        )
         if not committed:
             return None
         pgnos, commits, checksums = (np.concatenate([part[i] for part in parts])[:committed] for i in range(3))
