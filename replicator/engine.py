@@ -43,7 +43,7 @@ from replicator.walreader import Changes, WALFile
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "NotSynced"]
 
 MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
@@ -51,6 +51,11 @@ CLOCK_BACK_MS = 60_000
 KNOWN_EVERY_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+class NotSynced(DatabaseStateError):
+    """Something was read and not encoded yet."""
+
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -222,6 +227,7 @@ class Engine:
             if self._database.replaced():
                 self._reopen()
             if self._tails:
+                self.at_end = False
                 entry = self._encode(self._tails[0], None)
                 self._tails.pop(0)
                 return entry
@@ -370,6 +376,10 @@ class Engine:
         if now >= self._known_at + KNOWN_EVERY_S or any(item.txid and not self._known.get(item.url) for item in self.replicas):
             self._known.note(self.replicas)
             self._known_at = now
+
+    def staging_is_full(self) -> bool:
+        """True when the staging folder has reached its bound, or the disk is nearly full."""
+        return self._staging is not None and self._staging.is_full()
 
     def stage(self, entry: Entry) -> Entry | None:
         """Make an entry survive this process; None when the staging folder is full."""
@@ -529,11 +539,12 @@ class Engine:
         The caller removes the file, when it is one. It may store it only where the raw files have reached that TXID.
 
         Raises:
-            DatabaseStateError: there is nothing to take it of yet, or continuity was lost meanwhile.
+            NotSynced: there is nothing to take it of yet; sync and call again.
+            DatabaseStateError: continuity was lost meanwhile.
         """
         with self.lock:
             if not self.txid or self._resync_reason is not None or self._tails:
-                raise DatabaseStateError(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
+                raise NotSynced(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
             snapshot = Snapshot(self._database, txid=self.txid, commit=self._commit, position=self._position, folder=self._folder)
             header, xor = self._header(TXID(1), self.txid, self._commit, self._position), self._xor
             self._snapshots.append(snapshot)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from replicator.chain import read_file
 from replicator.compactor import compact
-from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError
+from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError, StorageUnavailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
 from replicator.levels import Compact, Files, History, due_compactions, due_snapshot
 from replicator.outbox import OutFile, Staging
@@ -60,6 +60,7 @@ class Keeper:
         recent: RecentFiles,
         take_snapshot: Callable[[TXID], AbstractContextManager[OutFile]],
         in_use: Callable[[str], Collection[Key]] = lambda url: (),
+        stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,6 +69,7 @@ class Keeper:
             scratch: folder for results that are too large for memory.
             take_snapshot: gives a full image that is newer than a TXID and that the replica's raw files have reached.
             in_use: the (level, min TXID, max TXID) that restores on this machine have planned, by the replica's URL.
+            stopping: True when what is under way must end soon.
             clock, monotonic: seconds; the first since 1970.
         """
         self.replica = replica
@@ -78,6 +80,7 @@ class Keeper:
         self._recent = recent
         self._take_snapshot = take_snapshot
         self._in_use = in_use
+        self._stopping = stopping
         self._clock = clock
         self._monotonic = monotonic
         self._damaged: set[Key] = set()
@@ -156,9 +159,12 @@ class Keeper:
             self.replica.url, task.level, done.out.min_txid, done.out.max_txid, done.taken, done.out.size,
         )  # fmt: skip
 
-    def _read(self, info: FileInfo) -> Iterable[bytes]:
+    def _read(self, info: FileInfo) -> Iterator[bytes]:
         body = self._recent.get(info)
-        return [body] if body is not None else read_file(self.replica.client, info)
+        for piece in [body] if body is not None else read_file(self.replica.client, info):
+            if self._stopping():
+                raise StorageUnavailable("replication stops")
+            yield piece
 
     def _set_aside(self, inputs: Iterable[FileInfo], error: CorruptReplica) -> None:
         """Leave a damaged file out from now on. A full image is due at once, so that what comes later can be restored again."""

@@ -89,6 +89,10 @@ class Entry:
     def memory_bytes(self) -> int:
         return sum(len(file.body) for file in self.files if isinstance(file.body, bytes))
 
+    @property
+    def staged_bytes(self) -> int:
+        return sum(file.size for file in self.files if isinstance(file.body, Path))
+
 
 class Staging:
     """The folder of staged files."""

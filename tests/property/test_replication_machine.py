@@ -101,12 +101,11 @@ class ReplicationMachine(RuleBasedStateMachine):
         """Stop between any two steps, without a last sync."""
         engine = self.engine
         assert engine is not None
-        with engine._changed:
-            engine._stop = True
-            engine._changed.notify_all()
+        with engine._board.changed:
+            engine._board.stop = True
+            engine._board.changed.notify_all()
         for thread in engine._threads:
             thread.join()
-        engine._watch.disarm()
         engine._engine.close()
         self.engine = None
 

@@ -1,0 +1,207 @@
+"""What the threads of one `Replicator` share, under one condition variable.
+
+Entries go from the engine's thread to those of the replicas through `_outbox`, in order of TXID. It is bounded: until an entry is stored on one
+replica, or staged, the engine encodes nothing more, and the WAL is the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from replicator.errors import DatabaseNotFound, DatabaseStateError, ReplicatorError, WaitTimeout
+from replicator.format.ltx import TXID
+from replicator.outbox import Entry
+from replicator.replica import Replica
+
+__all__ = ["Board", "State"]
+
+State = Literal["starting", "replicating", "degraded", "failed", "stopped"]
+
+OUTBOX_BYTES = 32 << 20
+MAX_TIMES = 4096
+
+log = logging.getLogger(__name__)
+
+
+class Board:
+    """All methods may be called from any thread. `changed` is the condition: hold it to read several attributes together."""
+
+    def __init__(self, path: Path, replicas: Sequence[Replica], *, staging_limit_bytes: int) -> None:
+        self.changed = threading.Condition()
+        self.path = path
+        self.replicas = replicas
+        self.state: State = "stopped"
+        self.error: str | None = None
+        self.fatal: ReplicatorError | None = None
+        self.gone: DatabaseNotFound | None = None
+        self.stop = False
+        self.given_out = TXID(0)
+        """Newest TXID that was handed to the replicas, or that the page table had at the start."""
+        self._asked = self._answered = 0
+        self._answered_txid = TXID(0)
+        self._outbox: deque[Entry] = deque()
+        self._since: dict[TXID, float] = {}
+        self._staging_limit = staging_limit_bytes
+
+    @property
+    def ends(self) -> bool:
+        """True when the threads must end."""
+        return self.stop or self.fatal is not None
+
+    # -- entries -----------------------------------------------------------------------------------------------------------------
+
+    def begin(self, staged: Iterable[Entry], txid: TXID) -> None:
+        """The engine is open: entries that an earlier run left, and the newest TXID."""
+        with self.changed:
+            self._outbox.extend(staged)
+            self.given_out = txid
+            self.state = "replicating"
+            self.changed.notify_all()
+
+    def put(self, entry: Entry) -> None:
+        """Hand an entry to the replicas."""
+        with self.changed:
+            if len(self._since) >= MAX_TIMES:  # a replica is away for long: every second one will do
+                self._since = dict(list(self._since.items())[::2])
+            self._since[entry.txid] = time.monotonic()
+            self._outbox.append(entry)
+            self.given_out = entry.txid
+            self.changed.notify_all()
+
+    def exchange(self, entry: Entry, staged: Entry) -> bool:
+        """Put the staged form in the place of an entry; False when the entry is not needed any more."""
+        with self.changed:
+            for at, item in enumerate(self._outbox):
+                if item.txid == entry.txid:
+                    self._outbox[at] = staged
+                    return True
+            return False
+
+    def next_for(self, replica: Replica) -> Entry | None:
+        """Return the entry that a replica must store next; None when it is not here."""
+        with self.changed:
+            return next((entry for entry in self._outbox if entry.txid == replica.txid + 1), None)
+
+    def ahead_of(self, replica: Replica) -> Replica | None:
+        """Return the replica that has come furthest, when that is further than the given one."""
+        with self.changed:
+            best = max((other for other in self.replicas if other.online), key=lambda other: other.txid, default=None)
+            return best if best is not None and best.txid > replica.txid else None
+
+    def is_stored(self, txid: TXID) -> bool:
+        """True when one replica holds a TXID."""
+        return any(replica.txid >= txid for replica in self.replicas if replica.online)
+
+    def has_unstored(self) -> bool:
+        """True while an entry is on no replica."""
+        with self.changed:
+            return bool(self._outbox) and not self.is_stored(self._outbox[-1].txid)
+
+    def tidy(self) -> list[Entry]:
+        """Drop entries that every replica has, and those that one has when they become many; returns them, for their staged files."""
+        dropped: list[Entry] = []
+        with self.changed:
+            least = min(replica.txid for replica in self.replicas)
+            most = max((replica.txid for replica in self.replicas if replica.online), default=TXID(0))
+            memory = sum(entry.memory_bytes for entry in self._outbox)
+            staged = sum(entry.staged_bytes for entry in self._outbox)
+            while self._outbox:
+                entry = self._outbox[0]
+                crowded = memory > OUTBOX_BYTES or staged > self._staging_limit // 2
+                if entry.txid > least and not (entry.txid <= most and crowded):
+                    break
+                memory, staged = memory - entry.memory_bytes, staged - entry.staged_bytes
+                dropped.append(self._outbox.popleft())
+            for txid in [txid for txid in self._since if txid <= least]:
+                del self._since[txid]
+            self.changed.notify_all()
+        return dropped
+
+    def lag_s(self, replica: Replica) -> float:
+        """Seconds since the oldest entry that a replica lacks was handed out; 0 when it lacks none."""
+        with self.changed:
+            waiting = min((since for txid, since in self._since.items() if txid > replica.txid), default=None)
+            return time.monotonic() - waiting if waiting is not None else 0.0
+
+    # -- asking the engine to look ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked != self._answered
+
+    def question(self) -> int:
+        """Return what `answer` takes: all that was asked before this call."""
+        with self.changed:
+            return self._asked
+
+    def answer(self, question: int, txid: TXID) -> None:
+        """Everything that was committed before `question` is in TXIDs up to `txid`."""
+        with self.changed:
+            self.error = self.gone = None
+            self._answered, self._answered_txid = question, txid
+            self.changed.notify_all()
+
+    def ask(self, end: float | None, pending: Callable[[], str]) -> TXID:
+        """Let the engine look at the WAL now; returns the TXID that holds everything committed before the call."""
+        with self.changed:
+            self._asked += 1
+            mine = self._asked
+            self.changed.notify_all()
+            self.until(lambda: self._answered >= mine, end, pending)
+            return self._answered_txid
+
+    def until(self, holds: Callable[[], bool], end: float | None, pending: Callable[[], str]) -> None:
+        """Wait for a condition.
+
+        Args:
+            end: on the monotonic clock; None for no limit.
+            pending: says what is missing.
+
+        Raises:
+            WaitTimeout: the time is over.
+            ReplicatorError: replication has failed or was stopped.
+        """
+        with self.changed:
+            while not holds():
+                if self.fatal is not None:
+                    raise self.fatal
+                if self.gone is not None:
+                    raise self.gone
+                if self.stop or self.state == "stopped":
+                    raise DatabaseStateError(f"replication of {self.path} is stopped")
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    raise WaitTimeout(pending())
+                self.changed.wait(left)
+
+    # -- errors ------------------------------------------------------------------------------------------------------------------
+
+    def report(self, error: BaseException) -> None:
+        """Show an error that is tried again."""
+        with self.changed:
+            if str(error) != self.error:
+                log.warning("sync failed db=%s error=%r", self.path, str(error))
+            self.error = str(error)
+            if isinstance(error, DatabaseNotFound):  # what was committed and not read is gone with it: waiters must know
+                self.gone = error
+            self.changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """Stop everything for good. What is no error of ours is a bug: it is logged with its traceback."""
+        with self.changed:
+            if isinstance(error, ReplicatorError):
+                log.error("replication stopped db=%s error=%r", self.path, str(error))
+                failure = error
+            else:
+                log.error("replication stopped by a defect db=%s", self.path, exc_info=error)
+                failure = ReplicatorError(f"internal error, replication of {self.path} stopped: {error!r}")
+                failure.__cause__ = error
+            if self.fatal is None:
+                self.error, self.fatal, self.state = str(failure), failure, "failed"
+            self.changed.notify_all()

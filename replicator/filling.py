@@ -1,0 +1,136 @@
+"""Give a replica what it lacks: by copying files from another replica, or by a full image of the newest state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from replicator.chain import read_file
+from replicator.errors import CorruptReplica, Fenced, FormatError, ReplicatorError
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, DecodedPage, Decoder, Encoder, FileInfo, Header
+from replicator.outbox import OutFile, Spool, Staging
+from replicator.replica import Replica
+
+__all__ = ["SourceFailed", "copy", "store_image"]
+
+SLICE_BYTES = 64 << 10
+
+
+class SourceFailed(ReplicatorError):
+    """The replica that was copied from cannot be read, or has no way to what is needed."""
+
+
+def copy(source: Replica, target: Replica, scratch: Staging) -> None:
+    """Copy the files that lead from the target's position to the source's, each of them verified on the way.
+
+    A full image that is newer than the target's position comes first: page sizes may have changed since.
+
+    Raises:
+        SourceFailed: see there; the target is as good as before.
+        StorageError, Fenced: the target cannot take a file.
+    """
+    images = [info for info in source.listing().get(SNAPSHOT_LEVEL, ()) if info.max_txid > target.txid]
+    if images:
+        _copy_file(source, target, images[-1], scratch)
+    files = source.files_after(images[-1].max_txid if images else target.txid)
+    if files is None:
+        raise SourceFailed(f"no files lead from TXID {target.txid:016x} to the newest: {source.url}")
+    for info in files:
+        _copy_file(source, target, info, scratch)
+
+
+def _copy_file(source: Replica, target: Replica, info: FileInfo, scratch: Staging) -> None:
+    spool = Spool(scratch, f"copy-{info.level}-{info.name}")
+    try:
+        decoder = Decoder()
+        for data in read_file(source.client, info):
+            for at in range(0, len(data), SLICE_BYTES):
+                decoder.feed(data[at : at + SLICE_BYTES])
+            spool.write(data)
+        decoder.close()
+        body = spool.finish()
+    except FormatError as error:
+        spool.discard()
+        raise SourceFailed(str(CorruptReplica(f"{source.url} level {info.level} {info.name}", str(error)))) from error
+    except ReplicatorError as error:
+        spool.discard()
+        raise SourceFailed(f"cannot copy from {source.url}: {error}") from error
+    except BaseException:
+        spool.discard()
+        raise
+    assert decoder.header is not None
+    out = OutFile(info.level, info.min_txid, info.max_txid, decoder.header.timestamp_ms, body)
+    try:
+        if info.level:
+            target.add(out)
+            target.txid = max(target.txid, info.max_txid)
+        else:
+            target.store([out], info.max_txid)
+    finally:
+        _remove(out)
+
+
+def store_image(target: Replica, image: OutFile, scratch: Staging) -> None:
+    """Store a full image, and the same pages once more as the raw file of its TXID, so that whoever looks at raw files only (the peer,
+    when it takes over) finds the position.
+
+    Raises:
+        Fenced: somebody else has appended meanwhile.
+        StorageError: not stored, or unknown; take a new image and call again.
+    """
+    known = target.txid
+    target.relist()
+    newest = max((info.max_txid for infos in target.listing().values() for info in infos), default=TXID(0))
+    if newest > max(known, image.max_txid):
+        raise Fenced(target.url, newest)
+    target.add(image)
+    raw = _as_raw(image, scratch)
+    try:
+        target.store([raw], image.max_txid)
+    finally:
+        _remove(raw)
+    target.needs_image = False
+
+
+def _as_raw(image: OutFile, scratch: Staging) -> OutFile:
+    """Return the pages of a full image as a file of its last TXID alone."""
+    decoder = Decoder(keep_blocks=True)
+    spool = Spool(scratch, f"raw-{image.max_txid:016x}.ltx")
+    try:
+        encoder: Encoder | None = None
+        for pages in _decode(decoder, image):
+            if encoder is None:
+                assert decoder.header is not None
+                found = decoder.header
+                encoder = Encoder(
+                    spool.write,
+                    Header(
+                        found.page_size, found.commit, found.max_txid, found.max_txid, found.timestamp_ms, wal_offset=found.wal_offset,
+                        wal_size=found.wal_size, wal_salt1=found.wal_salt1, wal_salt2=found.wal_salt2, node_id=found.node_id,
+                    ),
+                )  # fmt: skip
+            for pgno, page, block in pages:
+                encoder.block(pgno, block, page)
+        decoder.close()
+        assert encoder is not None
+        encoder.close()
+        body = spool.finish()
+    except BaseException:
+        spool.discard()
+        raise
+    return OutFile(0, image.max_txid, image.max_txid, image.timestamp_ms, body)
+
+
+def _decode(decoder: Decoder, image: OutFile) -> Iterator[Sequence[DecodedPage]]:
+    if isinstance(image.body, bytes):
+        for at in range(0, len(image.body), SLICE_BYTES):
+            yield decoder.feed(image.body[at : at + SLICE_BYTES])
+        return
+    with image.body.open("rb") as file:
+        while data := file.read(SLICE_BYTES):
+            yield decoder.feed(data)
+
+
+def _remove(out: OutFile) -> None:
+    if isinstance(out.body, Path):
+        out.body.unlink(missing_ok=True)

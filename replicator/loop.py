@@ -1,0 +1,170 @@
+"""The engine's thread: look at the WAL when something happened, hand out what is new, checkpoint when that is due."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+
+from replicator.board import Board
+from replicator.engine import Engine
+from replicator.errors import DatabaseStateError, LeaseError, ReplicaStateError, ReplicatorError, StorageUnavailable
+from replicator.outbox import Entry
+from replicator.watch import Watch
+
+__all__ = ["EngineThread"]
+
+QUIET_S = 2.0
+IDLE_POLL_S = 15.0
+RETRY_S = (0.2, 0.5, 1.0, 2.0)
+STAGE_AFTER_S = 1.0
+MAX_STEPS = 10_000
+TEMPORARY = (ReplicatorError, OSError, sqlite3.Error)
+
+
+class EngineThread:
+    """Drives one engine. Wakes on questions, on file events, and by polling where there are none."""
+
+    def __init__(self, engine: Engine, board: Board, path: Path, *, interval_s: float, poll_s: float) -> None:
+        self._engine, self._board = engine, board
+        self._interval, self._poll = interval_s, poll_s
+        self._watch = Watch(path, self._wake)
+        self._woken = False
+        self._unsettled: Entry | None = None
+
+    def run(self) -> None:
+        """Body of the thread."""
+        try:
+            self._run()
+        except Exception as error:
+            self._board.fail(error)
+        finally:
+            self._watch.disarm()
+
+    def _run(self) -> None:
+        board, failures = self._board, 0
+        last_sync = last_news = time.monotonic()
+        while True:
+            with board.changed:
+                while not board.ends and not board.is_asked:
+                    now = time.monotonic()
+                    due = self._next_due(now, last_sync, last_news)
+                    if due <= now:
+                        break
+                    board.changed.wait(due - now)
+                if board.ends:
+                    return
+                # Before looking, never after: what happens from here on must wake us again.
+                self._woken = False
+            if self._watch.armed:
+                self._watch.disarm()
+                last_news = time.monotonic()
+            last_sync = time.monotonic()
+            try:
+                news = self._sync()
+            except (LeaseError, ReplicaStateError) as error:
+                board.fail(error)
+                return
+            except TEMPORARY as error:
+                board.report(error)
+                failures += 1
+                with board.changed:
+                    board.changed.wait_for(lambda: board.ends, RETRY_S[min(failures, len(RETRY_S)) - 1])
+                continue
+            failures = 0
+            if news:
+                last_news = time.monotonic()
+            elif time.monotonic() - last_news > QUIET_S and not self._watch.armed and self._watch.arm():
+                # Look once more: something may have happened before the watch was armed.
+                with board.changed:
+                    self._woken = False
+                last_news = time.monotonic() - QUIET_S - 1 if self._is_quiet() else time.monotonic()
+
+    def _is_quiet(self) -> bool:
+        try:
+            return not self._sync()
+        except TEMPORARY:
+            return False
+
+    def _wake(self) -> None:
+        with self._board.changed:
+            self._woken = True
+            self._board.changed.notify_all()
+
+    def _next_due(self, now: float, last_sync: float, last_news: float) -> float:
+        if self._woken:
+            return last_sync + self._interval
+        if self._watch.armed:
+            return last_sync + IDLE_POLL_S
+        return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
+
+    def _sync(self) -> bool:
+        """Hand out everything that is committed now. True when there was something."""
+        board, engine = self._board, self._engine
+        if board.state == "starting":
+            board.begin(engine.open(), engine.txid)
+        if self._unsettled is not None:
+            self._settle(self._unsettled)
+        news = False
+        for _ in range(MAX_STEPS):
+            question = board.question()
+            self._wait_for_room()
+            entry = engine.advance()
+            if entry is not None:
+                news = True
+                self._deliver(entry)
+            if not engine.at_end:
+                continue  # more to read: neither the pin nor a checkpoint can move now
+            board.answer(question, engine.txid)
+            engine.settle_pin()
+            if engine.checkpoint_due():
+                engine.checkpoint()
+            if not engine.has_tail:
+                return news
+        return news
+
+    def _wait_for_room(self) -> None:
+        """While no replica takes anything and the staging folder is full, the WAL is the queue."""
+        board = self._board
+        while board.has_unstored() and self._engine.staging_is_full():
+            board.report(StorageUnavailable(f"no replica reachable and the staging folder is full: {board.path}"))
+            with board.changed:
+                board.changed.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
+            self._raise_if_ended()
+
+    def _deliver(self, entry: Entry) -> None:
+        """Hand an entry to the replicas; returns when one has it, or when it is staged, and the page table knows it.
+
+        From here on the entry may be stored at any moment. So it is never given up: what fails is tried again with this very entry.
+        """
+        board, engine, txid = self._board, self._engine, entry.txid
+        board.put(entry)
+        while not entry.is_staged:
+            with board.changed:
+                board.changed.wait_for(lambda: board.is_stored(txid) or board.ends, STAGE_AFTER_S)
+                if board.is_stored(txid):
+                    break
+            self._raise_if_ended()
+            try:
+                staged = engine.stage(entry)
+            except OSError as error:
+                board.report(error)
+                continue
+            if staged is None:
+                board.report(StorageUnavailable(f"no replica reachable and the staging folder is full: {board.path}"))
+                continue
+            if not board.exchange(entry, staged):
+                engine.forget(staged)  # every replica has it by now
+            entry = staged
+        self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        self._unsettled = entry
+        self._engine.settled(entry)
+        self._unsettled = None
+
+    def _raise_if_ended(self) -> None:
+        if self._board.fatal is not None:
+            raise self._board.fatal
+        if self._board.stop:
+            raise DatabaseStateError("stopped before the last changes were stored")

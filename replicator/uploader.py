@@ -1,0 +1,170 @@
+"""The threads of one replica: one stores what the engine hands out, one keeps the history. A slow replica holds nobody else up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from replicator.board import Board
+from replicator.engine import Engine
+from replicator.errors import LeaseError, ReplicaStateError, ReplicatorError, StorageUnavailable
+from replicator.filling import SourceFailed, copy, store_image
+from replicator.format.ltx import TXID
+from replicator.images import Images
+from replicator.keeper import Keeper
+from replicator.levels import next_boundary
+from replicator.outbox import OutFile
+from replicator.recent import RecentFiles
+from replicator.replica import Replica
+
+__all__ = ["KeeperThread", "Uploader"]
+
+RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+WRONG_REPLICA_RETRY_S = 300.0
+CATCH_UP_TIMEOUT_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Uploader:
+    """Bring one replica to the newest TXID, again and again."""
+
+    def __init__(self, replica: Replica, engine: Engine, board: Board, recent: RecentFiles, images: Images) -> None:
+        self._replica, self._engine, self._board, self._recent, self._images = replica, engine, board, recent, images
+        self._source_failed = False
+
+    def run(self) -> None:
+        """Body of the thread."""
+        board, replica, failures = self._board, self._replica, 0
+        while True:
+            with board.changed:
+                board.changed.wait_for(lambda: board.ends or self._work() is not None)
+                if board.ends:
+                    return
+                work = self._work()
+            assert work is not None
+            try:
+                work()
+            except LeaseError as error:
+                replica.error = str(error)
+                board.fail(error)
+                return
+            except (ReplicatorError, OSError) as error:
+                failures += 1
+                delay = WRONG_REPLICA_RETRY_S if isinstance(error, ReplicaStateError) else RETRY_S[min(failures, len(RETRY_S)) - 1]
+                self._wait(error, delay)
+                continue
+            except Exception as error:
+                board.fail(error)
+                return
+            failures = 0
+            replica.error = None
+            for entry in board.tidy():
+                self._engine.forget(entry)
+
+    def _wait(self, error: Exception, delay_s: float) -> None:
+        with self._board.changed:
+            if self._replica.error != str(error):
+                log.warning("upload failed replica=%s error=%r", self._replica.url, str(error))
+            self._replica.error = str(error)
+            self._board.changed.notify_all()
+            self._board.changed.wait_for(lambda: self._board.ends, delay_s)
+
+    def _work(self) -> Callable[[], None] | None:
+        """What to do next; None when the replica has everything."""
+        board, replica = self._board, self._replica
+        if board.state == "starting":
+            return None
+        if not replica.online:
+            return lambda: self._engine.join_later(replica)
+        if replica.needs_image:
+            return self._store_image
+        if (entry := board.next_for(replica)) is not None:
+            return lambda: self._store(entry)
+        if (source := board.ahead_of(replica)) is not None and not self._source_failed:
+            return lambda: self._copy(source)
+        return self._store_image if board.given_out > replica.txid else None
+
+    def _store(self, entry: Any) -> None:
+        self._replica.store(entry.files, entry.txid)
+        for file in entry.files:
+            if isinstance(file.body, bytes):
+                self._recent.add(file.level, file.min_txid, file.max_txid, file.body)
+        self._source_failed = False
+
+    def _copy(self, source: Replica) -> None:
+        try:
+            copy(source, self._replica, self._engine.scratch)
+        except SourceFailed:
+            self._source_failed = True  # then a full image of the database itself does it
+            raise
+
+    def _store_image(self) -> None:
+        log.info("replica lacks files and gets a full image replica=%s have=%016x", self._replica.url, self._replica.txid)
+        with self._images.take(self._board.given_out) as image:
+            store_image(self._replica, image, self._engine.scratch)
+        self._source_failed = False
+
+
+class KeeperThread:
+    """Run one replica's keeper when something is due, and sleep without end when nothing is."""
+
+    def __init__(self, keeper: Keeper, board: Board) -> None:
+        self._keeper, self._board = keeper, board
+
+    def run(self) -> None:
+        """Body of the thread."""
+        board, keeper = self._board, self._keeper
+        replica = keeper.replica
+        with board.changed:
+            board.changed.wait_for(lambda: board.ends or (board.state != "starting" and replica.online))
+        try:
+            while not board.ends:
+                seen, due = replica.txid, keeper.due()
+                if self._sleep(seen, due):
+                    keeper.step()
+        except Exception as error:
+            # Without its keeper a replica grows, but it stays right: replication goes on.
+            log.error("the history is not kept any more, by a defect replica=%s", replica.url, exc_info=error)
+            keeper.problems["keeper"] = f"internal error: {error!r}"
+
+    def _sleep(self, seen: TXID, due: float | None) -> bool:
+        """Sleep until something is due; False when a file has come that may be due for merging before everything else."""
+        board, replica, interval_s = self._board, self._keeper.replica, self._keeper.history.level_intervals_s[0]
+
+        def is_early() -> bool:
+            return replica.txid != seen and (due is None or due > next_boundary(time.time(), interval_s))
+
+        with board.changed:
+            return not board.changed.wait_for(lambda: board.ends or is_early(), None if due is None else max(0.0, due - time.time()))
+
+
+def waiting_snapshot(images: Images, replica: Replica, board: Board) -> Callable[[TXID], contextlib.AbstractContextManager[OutFile]]:
+    """Return what a keeper takes its full images from: newer than a TXID, and only once the replica's raw files have come as far.
+
+    An image of a TXID that is not stored yet would hide the file of another writer, if that one was faster.
+    """
+
+    @contextlib.contextmanager
+    def take(newer_than: TXID) -> Iterator[OutFile]:
+        with images.take(TXID(newer_than + 1)) as image:
+            with board.changed:
+                board.changed.wait_for(lambda: board.ends or replica.txid >= image.max_txid, CATCH_UP_TIMEOUT_S)
+                if board.fatal is not None:
+                    raise board.fatal
+                if replica.txid < image.max_txid:
+                    raise StorageUnavailable(f"raw files have not reached TXID {image.max_txid:016x}: {replica.url}")
+            yield image
+
+    return take
+
+
+def start_thread(name: str, target: Callable[[], None]) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
