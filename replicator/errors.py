@@ -223,12 +223,16 @@ class TXIDNotAvailable(RestoreError):
 
 
 class TimestampNotAvailable(RestoreError):
-    """The asked time lies outside the stored range."""
+    """The asked time lies outside the stored range. None for `oldest` and `newest`: no time can be restored."""
 
     def __init__(self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None) -> None:
         self.timestamp, self.oldest, self.newest = timestamp, oldest, newest
-        held = f"stored: {oldest.isoformat()} to {newest.isoformat()}" if oldest and newest else "nothing is stored"
-        super().__init__(f"timestamp does not exist: {timestamp.isoformat()}; {held}", hint="choose a time inside the stored range")
+        if oldest and newest:
+            held = f"stored: {oldest.isoformat()} to {newest.isoformat()}"
+            hint = "choose a time later than the oldest, and not later than the newest: it restores the last state before it"
+        else:
+            held, hint = "no chain of stored files begins", "`pyrepl history URL` shows what can be restored"
+        super().__init__(f"timestamp does not exist: {timestamp.isoformat()}; {held}", hint=hint)
 
 
 class NonContiguous(RestoreError):
@@ -238,7 +242,7 @@ class NonContiguous(RestoreError):
         self.have, self.next_txid = have, next_txid
         super().__init__(
             f"non-contiguous ltx files: have up to {have:016x} but next file starts at {next_txid:016x}",
-            hint=f"-txid {have:016x} restores the state before the gap",
+            hint=f"-txid {have:016x} restores the state before the gap" if have else "`pyrepl history URL` shows what is stored",
         )
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from replicator.chain import Progress, list_files, read_chain
 from replicator.errors import IntegrityCheckFailed, NoBackups, ObjectNotFound, OutputExists, TimestampNotAvailable, TXIDNotAvailable
-from replicator.format.ltx import TXID, FileInfo, Header
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo, Header
 from replicator.plan import plan_restore
 from replicator.storage.base import ReplicaClient
 
@@ -62,7 +62,10 @@ def find_plan(client: ReplicaClient, *, txid: TXID | None = None, timestamp: dat
         try:
             return plan_restore(files, timestamp=timestamp)
         except TXIDNotAvailable:
-            raise TimestampNotAvailable(timestamp, oldest=min(times), newest=max(times)) from None
+            # In the range of the files, as the peer's bounds are, but no chain begins before it.
+            begins = [info.created_at for level in files.values() for info in level if info.level == SNAPSHOT_LEVEL or info.min_txid == 1]
+            newest = max(times) if begins else None
+            raise TimestampNotAvailable(timestamp, oldest=min(begins, default=None), newest=newest) from None
     return plan_restore(files, txid=txid)
 
 

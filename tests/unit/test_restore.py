@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator import chain
-from replicator.errors import CorruptReplica, NoBackups, ObjectNotFound, OutputExists, StorageUnavailable
+from replicator.errors import (
+    CorruptReplica,
+    NoBackups,
+    NonContiguous,
+    ObjectNotFound,
+    OutputExists,
+    StorageUnavailable,
+    TimestampNotAvailable,
+)
 from replicator.format.ltx import TXID, FileInfo, Header, encode_file, index_range
 from replicator.restorer import restore_database
+from replicator.storage.base import created_at
 from replicator.storage.memory import MemoryClient
 
 SIZE = 512
@@ -73,6 +83,38 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 def test_an_empty_replica_says_so(tmp_path: Path) -> None:
     with pytest.raises(NoBackups):
         restored(MemoryClient(), tmp_path)
+
+
+def test_a_time_at_or_before_the_first_state_names_the_range(tmp_path: Path) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    first, last = created_at(1_800_000_000_001), created_at(1_800_000_000_003)
+    for when in (first - timedelta(days=1), first, last + timedelta(days=1)):
+        with pytest.raises(TimestampNotAvailable) as caught:
+            restored(client, tmp_path, timestamp=when)
+        assert (caught.value.oldest, caught.value.newest) == (first, last)
+        assert f"stored: {first.isoformat()} to {last.isoformat()}" in str(caught.value)
+
+
+def test_a_time_in_a_chain_without_a_beginning_does_not_promise_a_range(tmp_path: Path) -> None:
+    client = MemoryClient()
+    store(client, 0, 2, 2, 4, [1])
+    store(client, 0, 3, 3, 4, [1])
+    with pytest.raises(TimestampNotAvailable) as caught:
+        restored(client, tmp_path, timestamp=created_at(1_800_000_000_003))
+    assert (caught.value.oldest, caught.value.newest) == (None, None)
+    with pytest.raises(NonContiguous) as gap:
+        restored(client, tmp_path)
+    assert "-txid" not in gap.value.hint
+
+
+def test_the_range_begins_where_a_chain_does(tmp_path: Path) -> None:
+    client = MemoryClient()
+    store(client, 0, 2, 2, 4, [1])
+    store(client, 9, 1, 3, 4, [1, 2, 3, 4])
+    with pytest.raises(TimestampNotAvailable) as caught:
+        restored(client, tmp_path, timestamp=created_at(1_800_000_000_003))
+    assert caught.value.oldest == created_at(1_800_000_000_003)
 
 
 def replace(client: MemoryClient, txid: int, data: bytes) -> None:
