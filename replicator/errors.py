@@ -27,6 +27,7 @@
       ReplicaStateError      the replica does not belong to this database
         LineageMismatch      (url, expected, got)
         ReplicaEmptied       (url, txid)
+        ReplicaBroken        (url, have, next) its chain has a gap
         Diverged             (url, other, txid) two replicas hold different files of one TXID
       LeaseError             this process is not the writer
         Fenced               (txid) another writer appended at our TXID
@@ -65,6 +66,7 @@ __all__ = [
     "ObjectNotFound",
     "OutputExists",
     "PreconditionFailed",
+    "ReplicaBroken",
     "ReplicaEmptied",
     "ReplicaStateError",
     "ReplicatorError",
@@ -297,6 +299,17 @@ class ReplicaEmptied(ReplicaStateError):
         super().__init__(
             f"replica lost files: {url} (had TXID {expected:016x}, now {got:016x})",
             hint="check the path and its lifecycle rules; a new path or -force-snapshot starts afresh",
+        )
+
+
+class ReplicaBroken(ReplicaStateError):
+    """The replica's chain has a gap: what is appended now could not be restored."""
+
+    def __init__(self, url: str, have: int, next_txid: int) -> None:
+        self.url, self.have, self.next_txid = url, have, next_txid
+        super().__init__(
+            f"replica has a gap: {url} (files lead up to TXID {have:016x}, and go on at {next_txid:016x})",
+            hint="-force-snapshot goes on with a full image after the gap; a new path starts afresh",
         )
 
 

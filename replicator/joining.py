@@ -77,12 +77,12 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
     """Open the replicas and the page table in `folder`, and make sure that they tell one history.
 
     Raises:
-        LineageMismatch, ReplicaEmptied, Diverged, NonContiguous: they do not.
+        LineageMismatch, ReplicaEmptied, ReplicaBroken, Diverged: they do not.
         StorageUnavailable: what is out of reach is needed to know.
     """
     table = PageTable.open(folder / "pages")
     try:
-        recorded = _open_all(replicas, table)
+        recorded = _open_all(replicas, table, allow_gap=force_snapshot)
         online = [replica for replica in replicas if replica.online]
         fresh = all(replica.txid == 0 for replica in replicas) and (force_snapshot or not any(item.url in known for item in replicas))
         if fresh and table is not None:
@@ -129,13 +129,13 @@ def join_later(replica: Replica, *, lineage: bytes, known: Known, newest: TXID, 
     known.note([replica])
 
 
-def _open_all(replicas: Sequence[Replica], table: PageTable | None) -> dict[str, bytes | None]:
+def _open_all(replicas: Sequence[Replica], table: PageTable | None, *, allow_gap: bool) -> dict[str, bytes | None]:
     """Open the replicas; returns the lineage that each of them records. Those that do not answer stay offline, if that can be afforded."""
     recorded: dict[str, bytes | None] = {}
     failed: StorageUnavailable | None = None
     for replica in replicas:
         try:
-            recorded[replica.url] = replica.open()
+            recorded[replica.url] = replica.open(allow_gap=allow_gap)
             replica.online = True
         except StorageUnavailable as error:
             replica.online = False
@@ -209,7 +209,7 @@ def _bring_to(
                     # Another replica has had them, or has them: they are not given out again.
                     log.warning("no replica that answers has the newest files txid=%016x have=%016x", table.state.txid, head.txid)
                 return table
-        elif _roll_forward(table, head):
+        elif not head.needs_image and _roll_forward(table, head):
             return table
         if not all_online:
             raise StorageUnavailable(f"the page table must be rebuilt, and not all replicas answer: {folder}")
@@ -218,6 +218,11 @@ def _bring_to(
         table.close()
     staging.clear()
     staged.clear()
+    if head.needs_image:  # a gap: nobody knows the state at its end, so everything differs from the table
+        table = PageTable.create(folder / "pages", lineage=lineage, page_size=page_size)
+        nothing = EncodedPages.none()
+        table.apply(head.txid, nothing.pgnos, nothing.checksums, commit=0, timestamp_ms=0, position=NO_WAL)
+        return table
     return _rebuild(head, lineage, folder / "pages", page_size)
 
 

@@ -21,7 +21,7 @@ from replicator.chain import read_file
 from replicator.compactor import compact
 from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError, StorageUnavailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
-from replicator.levels import Compact, Files, History, due_compactions, due_snapshot
+from replicator.levels import Compact, Files, History, due_compactions, due_snapshot, newest_txid
 from replicator.outbox import OutFile, Staging
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
@@ -124,7 +124,9 @@ class Keeper:
     def _wait(self, name: str) -> float:
         return max(0.0, self._not_before.get(name, 0.0) - self._monotonic())
 
-    def _sound(self, files: Files) -> dict[int, list[FileInfo]]:
+    def _sound(self, files: Files) -> Files:
+        if not self._damaged:
+            return files
         return {level: [info for info in infos if _key(info) not in self._damaged] for level, infos in files.items()}
 
     def _failed(self, name: str, error: Exception) -> None:
@@ -178,13 +180,13 @@ class Keeper:
     # -- full images -------------------------------------------------------------------------------------------------------------
 
     def _snapshot_due(self, files: Files, now: float) -> float | None:
-        newest = _newest_snapshot(files)
+        newest = newest_txid(files.get(SNAPSHOT_LEVEL, ()))
         if any(high > newest for _, _, high in self._damaged):
             return now
         return due_snapshot(files, self.history, now, head=self.replica.txid)
 
     def _snapshot(self) -> None:
-        with self._take_snapshot(_newest_snapshot(self.replica.listing())) as out:
+        with self._take_snapshot(newest_txid(self.replica.listing().get(SNAPSHOT_LEVEL, ()))) as out:
             self.replica.add(out)
         self.snapshots += 1
         log.info("snapshot complete replica=%s txid=%016x size=%d", self.replica.url, out.max_txid, out.size)
@@ -225,7 +227,3 @@ class Keeper:
 
 def _key(info: FileInfo) -> Key:
     return info.level, info.min_txid, info.max_txid
-
-
-def _newest_snapshot(files: Files) -> TXID:
-    return max((info.max_txid for info in files.get(SNAPSHOT_LEVEL, ())), default=TXID(0))

@@ -23,6 +23,7 @@ __all__ = [
     "compaction_inputs",
     "due_compactions",
     "due_snapshot",
+    "newest_txid",
     "next_boundary",
     "previous_boundary",
 ]
@@ -87,6 +88,11 @@ class Compact:
     inputs: tuple[FileInfo, ...]
 
 
+def newest_txid(infos: Sequence[FileInfo]) -> TXID:
+    """Return the last TXID of a level; 0 for an empty one. (Where files overlap, which they should not, it may be less than the largest.)"""
+    return infos[-1].max_txid if infos else TXID(0)
+
+
 def due_compactions(files: Files, history: History, now: float) -> list[tuple[float, Compact]]:
     """Return for each level that lacks something of the level below when to merge it, and what; in ascending order of levels.
 
@@ -107,7 +113,7 @@ def due_compactions(files: Files, history: History, now: float) -> list[tuple[fl
 
 def compaction_inputs(sources: Sequence[FileInfo], merged: Sequence[FileInfo]) -> tuple[FileInfo, ...]:
     """Return the files of a level that the level above lacks, up to the first gap."""
-    have = max((info.max_txid for info in merged), default=0)
+    have = newest_txid(merged)
     inputs: list[FileInfo] = []
     for info in sources[bisect_right(sources, have, key=lambda info: info.min_txid) :]:
         if inputs and info.max_txid <= inputs[-1].max_txid:
@@ -123,12 +129,11 @@ def due_snapshot(files: Files, history: History, now: float, *, head: TXID) -> f
 
     The first file of a history is a full image, too: an image of level 9 follows at the first boundary after it.
     """
-    images = [info for level in files.values() for info in level if info.min_txid == 1]
-    newest = max((info.max_txid for info in files.get(SNAPSHOT_LEVEL, ())), default=TXID(0))
-    if not history.snapshot_interval_s or not head or newest >= head:
+    snapshots = files.get(SNAPSHOT_LEVEL, ())
+    if not history.snapshot_interval_s or not head or newest_txid(snapshots) >= head:
         return None
+    images = snapshots[-1:] or [infos[0] for infos in files.values() if infos and infos[0].min_txid == 1]
     if not images:
         return now
-    snapshots = files.get(SNAPSHOT_LEVEL, ())
-    made = snapshots[-1].created_at if snapshots else min(info.created_at for info in images)
+    made = min(info.created_at for info in images)
     return next_boundary(min(made.timestamp(), now), history.snapshot_interval_s)

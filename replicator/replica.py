@@ -18,7 +18,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from replicator.chain import list_files
-from replicator.errors import Fenced, LineageMismatch, ObjectNotFound, PreconditionFailed, ReplicaEmptied, StorageError
+from replicator.errors import (
+    Fenced,
+    LineageMismatch,
+    NonContiguous,
+    ObjectNotFound,
+    PreconditionFailed,
+    ReplicaBroken,
+    ReplicaEmptied,
+    RestoreError,
+    StorageError,
+)
 from replicator.format.ltx import TRAILER_SIZE, TXID, FileInfo
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
@@ -71,15 +81,26 @@ class Replica:
     def url(self) -> str:
         return self.client.url
 
-    def open(self) -> bytes | None:
+    def open(self, *, allow_gap: bool = False) -> bytes | None:
         """Find out what is stored: sets `txid`; returns the lineage, or None when none is recorded.
 
+        Args:
+            allow_gap: take a chain with a gap, too. It goes on behind its last file, with a full image first.
+
         Raises:
-            NonContiguous: the stored chain has a gap; nothing can be appended to it.
+            ReplicaBroken: the stored chain has a gap.
             StorageError: it cannot be read.
         """
         self.relist()
-        self.txid = chain_end(self.listing())
+        files = self.listing()
+        try:
+            self.txid = chain_end(files)
+        except RestoreError as error:
+            newest = max(info.max_txid for infos in files.values() for info in infos)
+            if not allow_gap:
+                have, following = (error.have, error.next_txid) if isinstance(error, NonContiguous) else (0, newest)
+                raise ReplicaBroken(self.url, have, following) from error
+            self.txid, self.needs_image = newest, True
         try:
             stored = self.client.get_control(LINEAGE)
         except ObjectNotFound:

@@ -19,7 +19,7 @@ from collections.abc import Collection
 
 from replicator.errors import NonContiguous
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
-from replicator.levels import Files, History, next_boundary
+from replicator.levels import Files, History, newest_txid, next_boundary
 from replicator.plan import plan_restore
 
 __all__ = ["due_retention", "expired_files", "safe_to_delete", "untrusted_times"]
@@ -30,8 +30,7 @@ CLOCK_TOLERANCE_S = 300.0
 
 def expired_raw_files(files: Files, history: History, now: float) -> list[FileInfo]:
     """Return the raw files whose time is over, in order."""
-    merged = max((info.max_txid for info in files.get(1, ())), default=0)
-    raw = files.get(0, ())
+    merged, raw = newest_txid(files.get(1, ())), files.get(0, ())
     if not history.l0_retention_s or not merged:
         return []
     found: list[FileInfo] = []
@@ -67,7 +66,7 @@ def due_retention(files: Files, history: History, now: float) -> float | None:
     if not history.retention_enabled:
         return None
     found: list[float] = []
-    raw, merged = files.get(0, ()), max((info.max_txid for info in files.get(1, ())), default=0)
+    merged, raw = newest_txid(files.get(1, ())), files.get(0, ())
     if history.l0_retention_s and len(raw) > 1 and raw[0].max_txid <= merged:
         found.append(raw[0].created_at.timestamp() + history.l0_retention_s)
     images = files.get(SNAPSHOT_LEVEL, ())

@@ -16,6 +16,7 @@ from replicator.errors import (
     DatabaseStateError,
     EngineRunning,
     Fenced,
+    ReplicaBroken,
     ReplicaEmptied,
     StorageUnavailable,
     WaitTimeout,
@@ -326,4 +327,26 @@ def test_what_was_staged_in_an_outage_is_stored_by_the_next_start(tmp_path: Path
         connection = sqlite3.connect(tmp_path / "r.db")
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (count,)
         connection.close()
+    application.close()
+
+
+def test_a_gap_stops_us_and_force_snapshot_heals_it(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url, history=None) as engine:
+        for _ in range(6):
+            insert(application, 5)
+            engine.wait(timeout_s=TIMEOUT_S)
+    (tmp_path / f"replica/ltx/0/{3:016x}-{3:016x}.ltx").unlink()
+    with pytest.raises(ReplicaBroken, match="0000000000000002, and go on at 0000000000000004"):
+        Replicator(database, url).start()
+    insert(application, 5)
+    with Replicator(database, url, force_snapshot=True, history=None) as engine:
+        assert engine.wait(timeout_s=TIMEOUT_S) == 7
+        insert(application, 5)
+        assert engine.wait(timeout_s=TIMEOUT_S) == 8
+    assert txids(url) == [1, 2, 4, 5, 6, 7, 8]
+    assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    with Replicator(database, url) as engine:
+        assert engine.wait(timeout_s=TIMEOUT_S) == 8
     application.close()
