@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from replicator.errors import ReplicatorError
     from replicator.format.ltx import TXID
     from replicator.restorer import RestoreResult
+    from replicator.storage import open_client
 
-__all__ = ["TXID", "ReplicaStatus", "Replicator", "ReplicatorError", "RestoreResult", "Status", "__version__", "restore"]
+__all__ = ["TXID", "ReplicaStatus", "Replicator", "ReplicatorError", "RestoreResult", "Status", "__version__", "open_client", "restore"]
 
 _HOMES = {
     "TXID": "replicator.format.ltx",
@@ -33,6 +34,7 @@ _HOMES = {
     "ReplicatorError": "replicator.errors",
     "RestoreResult": "replicator.restorer",
     "Status": "replicator.api",
+    "open_client": "replicator.storage",
     "restore": "replicator.api",
 }
 

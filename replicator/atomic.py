@@ -71,15 +71,25 @@ class AtomicFile:
         write_all(self._file, data)
         return len(data)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+    def discard(self) -> None:
+        """Give the file up, in place of the end of the block: for one that is only read by others while it is open, and never gets its name."""
         try:
-            if kind is None:
-                self._publish()
-            else:
-                _unlink_missing_ok(self._name, self._directory)
+            _unlink_missing_ok(self._name, self._directory)
         finally:
-            os.close(self._file)
-            os.close(self._directory)
+            self._close()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self._publish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._file)
+        os.close(self._directory)
 
     def _publish(self) -> None:
         try:

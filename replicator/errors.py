@@ -15,6 +15,7 @@
         ObjectNotFound       (name)
         AccessDenied         (name)
         PreconditionFailed   (name) a conditional write lost
+        WrongKey             (name) the file is encrypted to other keys
         StorageUnavailable   try again later; the outcome of a write is unknown
       RestoreError           there is no way to the asked state
         NoBackups            (url) nothing is stored there
@@ -77,6 +78,7 @@ __all__ = [
     "TimestampNotAvailable",
     "Truncated",
     "WaitTimeout",
+    "WrongKey",
 ]
 
 
@@ -195,6 +197,17 @@ class PreconditionFailed(StorageError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(f"precondition failed: {name}")
+
+
+class WrongKey(StorageError):
+    """A file is encrypted, and none of the keys fits. That is not damage: with the right key it can be read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"no key fits the encrypted file: {name}",
+            hint="give the age identity of one of the recipients at the time it was written; a damaged list of recipients looks the same",
+        )
 
 
 class StorageUnavailable(StorageError):

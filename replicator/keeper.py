@@ -87,6 +87,10 @@ class Keeper:
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._clocks = clock(), monotonic()
+        if not replica.client.can_read:
+            log.warning(
+                "files cannot be read back without identities, so they are not merged; full images bound them replica=%s", replica.url
+            )
 
     def due(self) -> float | None:
         """Return when the next thing is due, in seconds since 1970; None when nothing is before the next upload."""
@@ -112,7 +116,7 @@ class Keeper:
         """All that will be due without new files. Of what is due at the same time compaction comes first, from the lowest level up."""
         now, files = self._clock(), self._sound(self.replica.listing())
         tasks: list[_Task] = []
-        for due, compaction in due_compactions(files, self.history, now):
+        for due, compaction in due_compactions(files, self.history, now) if self.replica.client.can_read else ():
             name = f"compaction into level {compaction.level}"
             tasks.append(_Task(max(due, now + self._wait(name)), name, partial(self._compact, compaction)))
         if (when := self._snapshot_due(files, now)) is not None:

@@ -4,7 +4,7 @@
   that no hole appears, and the newest one always stays: a peer that takes over finds its position by it.
 * **Full images** (level 9) go when a later one is older than `snapshot_retention_s`, too: the newest image before the window is the base of
   the window's first moments. (The peer deletes by age alone, and with its defaults keeps next to nothing of the last 24 hours.)
-* **Merged files** (levels 1 and up) that end before the last deleted image go with it. The newest of each level stays. This is the peer's
+* **Merged files** that end before the last deleted image go with it, and so do raw files that nobody merged. The newest of each level stays. This is the peer's
   floor: one image earlier than necessary, so that a restore somewhere else, which began before the deletion, still finds its files.
 
 `safe_to_delete` is the last word. It looks at what would remain, not at how the choice was made: the newest state, and every state that
@@ -49,7 +49,7 @@ def expired_history(files: Files, history: History, now: float) -> list[FileInfo
     if not doomed:
         return []
     floor = doomed[-1].max_txid
-    for level in range(1, SNAPSHOT_LEVEL):
+    for level in range(0 if history.l0_retention_s else 1, SNAPSHOT_LEVEL):
         doomed += [info for info in files.get(level, ())[:-1] if info.max_txid < floor]
     return doomed
 
@@ -58,7 +58,7 @@ def expired_files(files: Files, history: History, now: float) -> list[FileInfo]:
     """Return all files whose time is over, those of the lowest level first."""
     if not history.retention_enabled:
         return []
-    return [*expired_raw_files(files, history, now), *expired_history(files, history, now)]
+    return list(dict.fromkeys([*expired_raw_files(files, history, now), *expired_history(files, history, now)]))
 
 
 def due_retention(files: Files, history: History, now: float) -> float | None:

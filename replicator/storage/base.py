@@ -28,9 +28,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from replicator.format.ltx import TXID, FileInfo
+from replicator.format.ltx import TXID, FileInfo, parse_name
 
-__all__ = ["FROM_START", "Body", "ControlObject", "ReadStream", "ReplicaClient", "check_control_name", "check_metadata", "created_at"]
+__all__ = [
+    "AGE",
+    "FROM_START",
+    "LITESTREAM",
+    "Body",
+    "Comparing",
+    "ControlObject",
+    "Layout",
+    "ReadStream",
+    "ReplicaClient",
+    "check_control_name",
+    "check_metadata",
+    "created_at",
+]
 
 FROM_START = TXID(0)
 """`seek` of a listing that begins at the first file."""
@@ -38,7 +51,7 @@ FROM_START = TXID(0)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _CONTROL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,3}")
-_LTX_FOLDER = re.compile(r"(ltx|[0-9a-f]{4})(/.*)?")
+_LTX_FOLDER = re.compile(r"(ltx|age|[0-9a-f]{4})(/.*)?")
 _METADATA_KEY = re.compile(r"pyrepl-[a-z0-9-]{1,64}")
 _METADATA_VALUE = re.compile(r"[!-~]([ -~]{0,510}[!-~])?")
 
@@ -53,6 +66,29 @@ class ControlObject:
 
     data: bytes
     etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where LTX files are under a replica's path. `folder` holds the levels, empty for the backend's own; `suffix` ends the names."""
+
+    folder: str
+    suffix: str
+
+    def name(self, info: FileInfo) -> str:
+        """Return the name that a file is stored under, without folder."""
+        return info.name + self.suffix
+
+    def parse(self, name: str) -> tuple[TXID, TXID] | None:
+        """Return the range that a stored name stands for; None for every other name."""
+        return parse_name(name.removesuffix(self.suffix)) if name.endswith(self.suffix) else None
+
+
+LITESTREAM = Layout(folder="", suffix="")
+"""Litestream's own folders and names."""
+
+AGE = Layout(folder="age", suffix=".age")
+"""Encrypted files: in a folder that Litestream does not look into, so that it finds an empty replica and cannot append to ours."""
 
 
 class ReadStream(Protocol):
@@ -80,6 +116,10 @@ class ReplicaClient(Protocol):
     @property
     def url(self) -> str:
         """Where this is, for people and logs. Never contains a secret."""
+
+    @property
+    def can_read(self) -> bool:
+        """Whether `open` works. False for a client that encrypts and has no key to decrypt; whoever must read then takes a snapshot instead."""
 
     def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         """Yield the files of a level whose min TXID is at least `seek`, in ascending order.
@@ -131,6 +171,18 @@ class ReplicaClient(Protocol):
 
     def close(self) -> None:
         """Release connections. The client is not used afterwards."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A client that answers for itself whether a file holds a body, because what it stores is not the body."""
+
+    def holds(self, info: FileInfo, body: Body) -> bool:
+        """Say whether the stored file is this body, as far as can be known: False means other bytes, or that nobody can tell.
+
+        Raises:
+            ObjectNotFound: there is no such file.
+        """
 
 
 def check_control_name(name: str) -> None:

@@ -28,8 +28,8 @@ from typing import Self
 
 from replicator.atomic import AtomicFile, link_file, make_directories, sweep, sync_directory, write_all, write_file
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
-from replicator.format.ltx import TXID, FileInfo, parse_name
-from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, created_at
+from replicator.format.ltx import TXID, FileInfo
+from replicator.storage.base import FROM_START, LITESTREAM, Body, ControlObject, Layout, ReadStream, check_control_name, created_at
 
 __all__ = ["FileClient"]
 
@@ -59,9 +59,11 @@ class FileClient:
     """The replica under one root directory, which is created by the first write."""
 
     kind = "file"
+    can_read = True
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, layout: Layout = LITESTREAM) -> None:
         self.root = Path(os.path.abspath(root))
+        self.layout = layout
         self._prepared: set[int] = set()
         self._prepare_lock = threading.Lock()
 
@@ -74,11 +76,11 @@ class FileClient:
 
     def level_path(self, level: int) -> Path:
         """Return the folder of a level."""
-        return self.root / "ltx" / str(level)
+        return self.root / (self.layout.folder or "ltx") / str(level)
 
     def path(self, info: FileInfo) -> Path:
         """Return where a file is, for callers that link or map it."""
-        return self.level_path(info.level) / info.name
+        return self.level_path(info.level) / self.layout.name(info)
 
     def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         folder = self.level_path(level)
@@ -90,7 +92,7 @@ class FileClient:
                 return
             with entries:
                 for entry in entries:
-                    txids = parse_name(entry.name)
+                    txids = self.layout.parse(entry.name)
                     if txids is None or txids[0] < seek:
                         continue
                     try:

@@ -15,7 +15,17 @@ from typing import ClassVar, Self
 
 from replicator.errors import ObjectNotFound, PreconditionFailed
 from replicator.format.ltx import TXID, FileInfo
-from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
+from replicator.storage.base import (
+    FROM_START,
+    LITESTREAM,
+    Body,
+    ControlObject,
+    Layout,
+    ReadStream,
+    check_control_name,
+    check_metadata,
+    created_at,
+)
 
 __all__ = ["MemoryClient"]
 
@@ -32,7 +42,7 @@ class _Store:
     """What the clients of one name share. `lock` guards the dictionaries; the values in them never change."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    files: dict[tuple[int, TXID, TXID], _Stored] = field(default_factory=dict)
+    files: dict[tuple[Layout, int, TXID, TXID], _Stored] = field(default_factory=dict)
     control: dict[str, ControlObject] = field(default_factory=dict)
 
 
@@ -40,18 +50,20 @@ class MemoryClient:
     """A client of an unnamed store of its own, or of one that it shares (see `named`)."""
 
     kind = "memory"
+    can_read = True
 
     _named: ClassVar[dict[str, _Store]] = {}
     _named_lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, *, layout: Layout = LITESTREAM) -> None:
         self.url = "memory://"
+        self.layout = layout
         self._store = _Store()
 
     @classmethod
-    def named(cls, name: str) -> Self:
+    def named(cls, name: str, *, layout: Layout = LITESTREAM) -> Self:
         """Return a client of the store of that name; all of them in this process share it. It lives as long as the process."""
-        client = cls()
+        client = cls(layout=layout)
         client.url = f"memory://{name}"
         with cls._named_lock:
             client._store = cls._named.setdefault(name, client._store)
@@ -62,7 +74,11 @@ class MemoryClient:
 
     def list(self, level: int, *, seek: TXID = FROM_START, accurate_times: bool = False) -> Iterator[FileInfo]:
         with self._store.lock:
-            found = [stored.info for stored in self._store.files.values() if stored.info.level == level and stored.info.min_txid >= seek]
+            found = [
+                stored.info
+                for (layout, *_), stored in self._store.files.items()
+                if layout == self.layout and stored.info.level == level and stored.info.min_txid >= seek
+            ]
         yield from sorted(found, key=lambda info: (info.min_txid, info.max_txid))
 
     def open(self, info: FileInfo, *, offset: int = 0, size: int | None = None) -> ReadStream:
@@ -84,9 +100,9 @@ class MemoryClient:
         info = FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=len(data), created_at=created_at(timestamp_ms))
         stored = _Stored(info, data, check_metadata(metadata))
         with self._store.lock:
-            if if_absent and _key(info) in self._store.files:
+            if if_absent and self._key(info) in self._store.files:
                 raise PreconditionFailed(info.name)
-            self._store.files[_key(info)] = stored
+            self._store.files[self._key(info)] = stored
         return info
 
     def metadata(self, info: FileInfo) -> dict[str, str]:
@@ -95,7 +111,7 @@ class MemoryClient:
     def delete(self, files: Iterable[FileInfo]) -> None:
         for info in files:
             with self._store.lock:
-                self._store.files.pop(_key(info), None)
+                self._store.files.pop(self._key(info), None)
 
     def get_control(self, name: str) -> ControlObject:
         check_control_name(name)
@@ -127,11 +143,10 @@ class MemoryClient:
 
     def _get(self, info: FileInfo) -> _Stored:
         with self._store.lock:
-            stored = self._store.files.get(_key(info))
+            stored = self._store.files.get(self._key(info))
         if stored is None:
-            raise ObjectNotFound(f"{info.level}/{info.name}")
+            raise ObjectNotFound(f"{info.level}/{self.layout.name(info)}")
         return stored
 
-
-def _key(info: FileInfo) -> tuple[int, TXID, TXID]:
-    return info.level, info.min_txid, info.max_txid
+    def _key(self, info: FileInfo) -> tuple[Layout, int, TXID, TXID]:
+        return self.layout, info.level, info.min_txid, info.max_txid

@@ -49,8 +49,18 @@ from replicator.errors import (
     StorageError,
     StorageUnavailable,
 )
-from replicator.format.ltx import TXID, FileInfo, format_name, format_txid, parse_name
-from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream, check_control_name, check_metadata, created_at
+from replicator.format.ltx import TXID, FileInfo, format_name, format_txid
+from replicator.storage.base import (
+    FROM_START,
+    LITESTREAM,
+    Body,
+    ControlObject,
+    Layout,
+    ReadStream,
+    check_control_name,
+    check_metadata,
+    created_at,
+)
 from replicator.storage.url import S3Settings
 
 __all__ = ["S3Client"]
@@ -112,17 +122,26 @@ class S3Client:
 
     Args:
         settings: where it is, and how to talk to the store.
+        layout: where under the path the LTX files are.
         page_size: how many names a page of a listing holds.
         single_put_bytes: larger files are sent in parts; one request is cheaper, and files are streamed, so memory is no reason.
         max_attempts: tries of one request, the first included.
     """
 
     kind = "s3"
+    can_read = True
 
     def __init__(
-        self, settings: S3Settings, *, page_size: int = 1000, single_put_bytes: int = _SINGLE_PUT_BYTES, max_attempts: int = _ATTEMPTS
+        self,
+        settings: S3Settings,
+        *,
+        layout: Layout = LITESTREAM,
+        page_size: int = 1000,
+        single_put_bytes: int = _SINGLE_PUT_BYTES,
+        max_attempts: int = _ATTEMPTS,
     ) -> None:
         self.settings = settings
+        self.layout = layout
         self.url = settings.url
         self._page_size = page_size
         self._single_put_bytes = single_put_bytes
@@ -148,7 +167,7 @@ class S3Client:
         prefix = self._level_prefix(level)
         for entry in self._list_objects(prefix, start_after=prefix + format_txid(seek) if seek else ""):
             name = str(entry["Key"])[len(prefix) :]
-            txids = parse_name(name)
+            txids = self.layout.parse(name)
             if txids is not None and txids[0] >= seek and str(entry["Key"]).startswith(prefix):
                 found[name] = FileInfo(
                     level=level,
@@ -177,7 +196,7 @@ class S3Client:
         if_absent: bool = False,
         metadata: dict[str, str] | None = None,
     ) -> FileInfo:
-        key = self._level_prefix(level) + format_name(min_txid, max_txid)
+        key = self._level_prefix(level) + format_name(min_txid, max_txid) + self.layout.suffix
         when = created_at(timestamp_ms)
         arguments = {
             "ContentType": "application/octet-stream",
@@ -253,10 +272,11 @@ class S3Client:
 
     def _level_prefix(self, level: int) -> str:
         # With an empty path the key begins with a slash, as Litestream's do.
-        return f"{self.settings.path}/{level:04x}/"
+        folder = f"{self.layout.folder}/" if self.layout.folder else ""
+        return f"{self.settings.path}/{folder}{level:04x}/"
 
     def _key(self, info: FileInfo) -> str:
-        return self._level_prefix(info.level) + info.name
+        return self._level_prefix(info.level) + self.layout.name(info)
 
     def _control_key(self, name: str) -> str:
         check_control_name(name)

@@ -9,18 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyrage
 import pytest
 
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, ReplicatorError, StorageError
 from replicator.format.ltx import TXID, FileInfo
 from replicator.storage import open_client
-from replicator.storage.base import ReplicaClient
+from replicator.storage.age import AgeClient
+from replicator.storage.base import AGE, LITESTREAM, ReplicaClient
+from replicator.storage.file import FileClient
 from replicator.storage.memory import MemoryClient
 from replicator.storage.probe import probe_conditional_writes
 from replicator.storage.s3 import S3Client
 from replicator.storage.url import parse_s3_url
 
-KINDS = ["memory", "file", "seaweed", "moto", "rclone"]
+KINDS = ["memory", "file", "seaweed", "moto", "rclone", "age memory", "age file", "age seaweed", "age rclone"]
 STAMP = 1_795_444_774_997
 
 
@@ -30,15 +33,25 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def client(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReplicaClient]:
-    if kind == "memory":
-        yield MemoryClient()
-        return
-    if kind == "file":
-        yield open_client(f"file://{tmp_path}/replica")
-        return
-    server = request.getfixturevalue(kind)
-    made = S3Client(parse_s3_url(server.url(f"t-{secrets.token_hex(6)}"), environ={}), page_size=3, single_put_bytes=6 << 20)
+def inner(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> MemoryClient | FileClient | S3Client:
+    """The client of the store itself."""
+    layout = AGE if kind.startswith("age ") else LITESTREAM
+    match kind.removeprefix("age "):
+        case "memory":
+            return MemoryClient(layout=layout)
+        case "file":
+            return FileClient(tmp_path / "replica", layout=layout)
+        case name:
+            settings = parse_s3_url(request.getfixturevalue(name).url(f"t-{secrets.token_hex(6)}"), environ={})
+            return S3Client(settings, layout=layout, page_size=3, single_put_bytes=6 << 20)
+
+
+@pytest.fixture
+def client(kind: str, inner: MemoryClient | FileClient | S3Client) -> Iterator[ReplicaClient]:
+    made: ReplicaClient = inner
+    if kind.startswith("age "):
+        key = pyrage.x25519.Identity.generate()
+        made = AgeClient(inner, recipients=[str(key.to_public())], identities=[str(key)])
     yield made
     made.close()
 
@@ -86,7 +99,7 @@ def test_times_survive_to_the_millisecond(client: ReplicaClient) -> None:
 
 def test_metadata_comes_back_in_lower_case(client: ReplicaClient, kind: str) -> None:
     info = client.put(0, TXID(1), TXID(1), b"x" * 100, timestamp_ms=STAMP, metadata={"pyrepl-writer": "00ff"})
-    assert client.metadata(info) == ({} if kind == "file" else {"pyrepl-writer": "00ff"})
+    assert client.metadata(info) == ({} if kind.endswith("file") else {"pyrepl-writer": "00ff"})
 
 
 def test_create_if_absent_has_one_winner(client: ReplicaClient, kind: str) -> None:
@@ -99,9 +112,9 @@ def test_create_if_absent_has_one_winner(client: ReplicaClient, kind: str) -> No
 
     with ThreadPoolExecutor(20) as pool:
         won = list(pool.map(attempt, range(20)))
-    assert sum(won) == (20 if kind == "rclone" else 1)  # rclone ignores conditions, and the probe says so
+    assert sum(won) == (20 if kind.endswith("rclone") else 1)  # rclone ignores conditions, and the probe says so
     [info] = client.list(0)
-    if kind != "rclone":
+    if not kind.endswith("rclone"):
         assert read(client, info) == b"%03d" % won.index(True) * 50
 
 
@@ -127,7 +140,7 @@ def test_large_files_go_up_in_parts_and_keep_the_condition(client: ReplicaClient
     info = put(client, 1, body=source, if_absent=True)
     with client.open(info) as stream:
         assert b"".join(iter(lambda: stream.read(1 << 20), b"")) == body
-    if kind != "rclone":
+    if not kind.endswith("rclone"):
         with pytest.raises(PreconditionFailed):
             put(client, 1, body=source, if_absent=True)
 
@@ -153,8 +166,8 @@ def test_control_objects_keep_their_conditions(client: ReplicaClient, kind: str)
     etag = client.put_control("lock.json", b"1", if_absent=True)
     assert client.get_control("lock.json").data == b"1"
     assert client.get_control("lock.json").etag == etag
-    assert probe_conditional_writes(client) == (kind != "rclone")
-    if kind == "rclone":
+    assert probe_conditional_writes(client) == (not kind.endswith("rclone"))
+    if kind.endswith("rclone"):
         return
     with pytest.raises(PreconditionFailed):
         client.put_control("lock.json", b"2", if_absent=True)
@@ -175,20 +188,26 @@ def test_hostile_control_names_are_refused(client: ReplicaClient, name: str) -> 
         client.put_control(name, b"x")
 
 
-def test_foreign_names_in_a_level_are_ignored(client: ReplicaClient, kind: str, tmp_path: Path) -> None:
+def test_foreign_names_in_a_level_are_ignored(client: ReplicaClient, inner: MemoryClient | FileClient | S3Client) -> None:
     put(client, 1)
-    if kind == "file":
-        for name in (
-            "x",
-            "0000000000000001-0000000000000001.ltx.tmp",
-            "0000000000000002-0000000000000001.ltx",
-            "G" * 16 + "-" + "0" * 16 + ".ltx",
-        ):
-            (tmp_path / "replica/ltx/0" / name).write_bytes(b"")
-    elif kind != "memory":
-        for name in ("0000/x", "0000/0000000000000001-0000000000000001.ltx.tmp", "0000/sub/0000000000000002-0000000000000002.ltx"):
-            client._s3.put_object(Bucket=client.settings.bucket, Key=f"{client.settings.path}/{name}", Body=b"foreign")
-    assert names(client) == [(1, 1)]
+    end, other = (".ltx", ".ltx.age") if client is inner else (".ltx.age", ".ltx")
+    foreign = (
+        "x",
+        f"{1:016x}-{1:016x}{end}.tmp",
+        f"{2:016x}-{1:016x}{end}",
+        f"{2:016x}-{2:016x}{other}",
+        f"{2:016x}-{2:016x}{end}.age",
+        f"{'G' * 16}-{'0' * 16}{end}",
+    )
+    match inner:
+        case FileClient():
+            for name in foreign:
+                (inner.level_path(0) / name).write_bytes(b"")
+        case S3Client():
+            folder = f"{inner.settings.path}/{'' if client is inner else 'age/'}0000"
+            for name in (*foreign, f"sub/{2:016x}-{2:016x}{end}"):
+                inner._s3.put_object(Bucket=inner.settings.bucket, Key=f"{folder}/{name}", Body=b"foreign")
+    assert names(client) == names(inner) == [(1, 1)]
 
 
 def test_listing_while_writing_shows_each_finished_file_once(client: ReplicaClient) -> None:
