@@ -58,7 +58,9 @@ def expired_files(files: Files, history: History, now: float) -> list[FileInfo]:
     """Return all files whose time is over, those of the lowest level first."""
     if not history.retention_enabled:
         return []
-    return list(dict.fromkeys([*expired_raw_files(files, history, now), *expired_history(files, history, now)]))
+    raw = expired_raw_files(files, history, now)
+    names = {info.name for info in raw}
+    return raw + [info for info in expired_history(files, history, now) if info.level or info.name not in names]
 
 
 def due_retention(files: Files, history: History, now: float) -> float | None:

@@ -419,6 +419,7 @@ def test_ssh_keys_and_lists_in_one_string(store: Store) -> None:
         ((), SECRET),
         ((PUBLIC,), (str(OTHER),)),
     ],
+    ids=range(17),  # the keys are new in each process, and may not be part of a test's name
 )
 def test_keys_that_are_none_are_refused_without_being_shown(
     tmp_path: Path, recipients: tuple[str, ...], identities: tuple[str, ...]
