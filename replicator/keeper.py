@@ -87,6 +87,7 @@ class Keeper:
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._clocks = clock(), monotonic()
+        self._is_sound = False
         if not replica.client.can_read:
             log.warning(
                 "files cannot be read back without identities, so they are not merged; full images bound them replica=%s", replica.url
@@ -121,7 +122,7 @@ class Keeper:
             tasks.append(_Task(max(due, now + self._wait(name)), name, partial(self._compact, compaction)))
         if (when := self._snapshot_due(files, now)) is not None:
             tasks.append(_Task(max(when, now + self._wait("snapshot")), "snapshot", self._snapshot))
-        if (when := due_retention(files, self.history, now)) is not None:
+        if self._can_tell_age(files, now) and (when := due_retention(files, self.history, now)) is not None:
             tasks.append(_Task(max(when, now + self._wait("retention")), "retention", self._retain))
         return tasks
 
@@ -148,6 +149,7 @@ class Keeper:
             done = compact(task.inputs, task.level, self._read, self._scratch)
         except ObjectNotFound:
             self.replica.relist()  # somebody else deletes here, too
+            self._is_sound = False
             raise
         except CorruptReplica as error:
             self._set_aside(task.inputs, error)
@@ -200,11 +202,12 @@ class Keeper:
     def _retain(self) -> None:
         now, files = self._clock(), self.replica.listing()
         self._not_before["retention"] = self._monotonic() + self.history.l0_retention_check_interval_s
-        if why := untrusted_times(files, now) or self._clock_jumped(now):
+        if why := self._clock_jumped(now):
             raise ReplicatorError(f"nothing is deleted: {why}")
         doomed = expired_files(files, self.history, now)
         try:
-            doomed = safe_to_delete(self._sound(files), doomed, self._in_use(self.replica.url))
+            doomed = safe_to_delete(self._sound(files), doomed, self._in_use(self.replica.url), is_sound=self._is_sound)
+            self._is_sound = True
         except NonContiguous as error:
             raise ReplicatorError(f"nothing is deleted, because the chain would be worse: {error}") from error
         if not doomed:
@@ -216,6 +219,17 @@ class Keeper:
         self._damaged.difference_update(map(_key, doomed))
         self.deleted += len(doomed)
         log.debug("deleted replica=%s files=%d", self.replica.url, len(doomed))
+
+    def _can_tell_age(self, files: Files, now: float) -> bool:
+        """False, and said once, while stored files are dated in the future."""
+        why = untrusted_times(files, now) if self.history.retention_enabled else ""
+        if why and why != self.problems.get("age"):
+            log.warning("nothing is deleted replica=%s reason=%r", self.replica.url, why)
+        if why:
+            self.problems["age"] = why
+        else:
+            self.problems.pop("age", None)
+        return not why
 
     def _clock_jumped(self, now: float) -> str:
         """Return a text when the wall clock ran differently from the monotonic one: what is old cannot be told for a while."""

@@ -96,8 +96,8 @@ def newest_txid(infos: Sequence[FileInfo]) -> TXID:
 def due_compactions(files: Files, history: History, now: float) -> list[tuple[float, Compact]]:
     """Return for each level that lacks something of the level below when to merge it, and what; in ascending order of levels.
 
-    A file is due for merging at the first boundary after it was made, as with the peer. A time in the future (a clock that was set back)
-    counts as now.
+    A file is due for merging at the first boundary after it was made, as with the peer; one that is dated in the future (a clock was set
+    back) at once.
 
     Args:
         now: seconds since 1970.
@@ -106,8 +106,7 @@ def due_compactions(files: Files, history: History, now: float) -> list[tuple[fl
     for level, interval in enumerate(history.level_intervals_s, start=1):
         inputs = compaction_inputs(files.get(level - 1, ()), files.get(level, ()))
         if inputs:
-            made = min(inputs[0].created_at.timestamp(), now)
-            found.append((next_boundary(made, interval), Compact(level, inputs)))
+            found.append((_due(inputs[0], interval, now), Compact(level, inputs)))
     return found
 
 
@@ -135,5 +134,10 @@ def due_snapshot(files: Files, history: History, now: float, *, head: TXID) -> f
     images = snapshots[-1:] or [infos[0] for infos in files.values() if infos and infos[0].min_txid == 1]
     if not images:
         return now
-    made = min(info.created_at for info in images)
-    return next_boundary(min(made.timestamp(), now), history.snapshot_interval_s)
+    base = min(images, key=lambda info: info.created_at)
+    return _due(base, history.snapshot_interval_s, now)
+
+
+def _due(info: FileInfo, interval_s: float, now: float) -> float:
+    made = info.created_at.timestamp()
+    return next_boundary(made, interval_s) if made <= now else now

@@ -15,7 +15,8 @@ Source: specification, section 2.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 
 from replicator.errors import NonContiguous
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
@@ -81,17 +82,21 @@ def due_retention(files: Files, history: History, now: float) -> float | None:
 
 def untrusted_times(files: Files, now: float) -> str:
     """Return why the stored times cannot decide about deletion at `now`, or an empty string."""
-    newest = max((info for level in files.values() for info in level), key=lambda info: info.created_at, default=None)
+    # A file in the middle that is dated wrongly only stops the walk there; what counts is whether time can be told now.
+    newest = max((infos[-1] for infos in files.values() if infos), key=lambda info: info.created_at, default=None)
     if newest is not None and newest.created_at.timestamp() > now + CLOCK_TOLERANCE_S:
         return f"file {newest.name} of level {newest.level} is dated {newest.created_at.isoformat()}, in the future: is the clock right?"
     return ""
 
 
-def safe_to_delete(files: Files, doomed: Collection[FileInfo], keep: Collection[tuple[int, int, int]] = ()) -> list[FileInfo]:
+def safe_to_delete(
+    files: Files, doomed: Collection[FileInfo], keep: Collection[tuple[int, int, int]] = (), *, is_sound: bool = False
+) -> list[FileInfo]:
     """Return those of `doomed` that nothing needs; none at all when the rest would reach less than before.
 
     Args:
         keep: (level, min TXID, max TXID) of files that are in use.
+        is_sound: the chain was looked at before, and has only changed by what this process did since.
 
     Raises:
         NonContiguous: the chain has a gap already. Nothing may be deleted before somebody has looked at it.
@@ -99,8 +104,8 @@ def safe_to_delete(files: Files, doomed: Collection[FileInfo], keep: Collection[
     going: dict[tuple[int, int, int], FileInfo] = {(info.level, info.min_txid, info.max_txid): info for info in doomed}
     for key in keep:
         going.pop(key, None)
-    if not going:
-        return []
+    if not going or (is_sound and _are_merged(list(going.values()), files.get(1, ()))):
+        return list(going.values())
     rest = {level: [info for info in infos if (level, info.min_txid, info.max_txid) not in going] for level, infos in files.items()}
     before, after = plan_restore(files)[-1].max_txid, plan_restore(rest)[-1].max_txid
     if before != after:
@@ -110,6 +115,19 @@ def safe_to_delete(files: Files, doomed: Collection[FileInfo], keep: Collection[
         if before != after:
             raise NonContiguous(after, before)
     return list(going.values())
+
+
+def _are_merged(doomed: Sequence[FileInfo], merged: Sequence[FileInfo]) -> bool:
+    """True when these are raw files, and level 1 holds every TXID of them: the common case, decided without a plan."""
+    if any(info.level for info in doomed):
+        return False
+    at = max(0, bisect_right(merged, doomed[0].min_txid, key=lambda info: info.min_txid) - 1)
+    for info in doomed:
+        while at < len(merged) and merged[at].max_txid < info.max_txid:
+            at += 1
+        if at == len(merged) or merged[at].min_txid > info.min_txid:
+            return False
+    return True
 
 
 def _reach(files: Files, image: FileInfo) -> TXID:

@@ -72,14 +72,18 @@ def image(version: int) -> bytes:
 class Simulation:
     """One database, its replica and its keeper. `now` is the virtual time in seconds since 1970."""
 
-    def __init__(self, folder: Path, history: History | None = None, *, client: CountingClient | None = None, seed: int = 1) -> None:
+    def __init__(
+        self, folder: Path, history: History | None = None, *, client: CountingClient | None = None, seed: int = 1, steady: bool = False
+    ) -> None:
+        """`steady`: the monotonic clock does not follow `jump`, as in reality."""
         self.now = START
+        self.jumped = 0.0
         self.client = client or CountingClient()
         self.recent = RecentFiles()
         self.replica = Replica(self.client, writer=1)
         self.lineage = new_lineage()
-        self.replica.open()
-        self.replica.join(self.lineage, None, known_txid=0)
+        recorded = self.replica.open()
+        self.replica.join(recorded or self.lineage, recorded, known_txid=TXID(0))
         self.in_use: set[tuple[int, int, int]] = set()
         self.keeper = Keeper(
             self.replica,
@@ -89,7 +93,7 @@ class Simulation:
             take_snapshot=self.take_snapshot,
             in_use=lambda url: self.in_use,
             clock=lambda: self.now,
-            monotonic=lambda: self.now,
+            monotonic=lambda: self.now - (self.jumped if steady else 0),
         )
         self.random = random.Random(seed)
         self.pages = [0] * PAGES
@@ -129,6 +133,11 @@ class Simulation:
             assert self.keeper.step()
         self.now = end
 
+    def jump(self, seconds: float) -> None:
+        """Set the wall clock."""
+        self.now += seconds
+        self.jumped += seconds
+
     def state_before(self, when: float) -> tuple[int, ...]:
         """The content at a time: of the last transaction strictly before it."""
         low, high = 0, len(self.states)
@@ -147,12 +156,12 @@ class Simulation:
 
     def check_every_restorable_txid(self, output: Path) -> int:
         """Restore each TXID that ends a stored file and that a chain leads to; returns how many there were."""
-        files = list_files(self.client)
-        count = 0
-        for txid in sorted({info.max_txid for infos in files.values() for info in infos}):
-            if not any(infos and infos[0].min_txid == 1 and infos[0].max_txid <= txid for infos in files.values()):
-                continue
+        files = sorted((info for infos in list_files(self.client).values() for info in infos), key=lambda info: info.max_txid)
+        reachable: set[int] = set()
+        for info in files:
+            if info.min_txid == 1 or any(info.min_txid - 1 <= txid < info.max_txid for txid in reachable):
+                reachable.add(info.max_txid)
+        for txid in sorted(reachable):
             content, got = self.restored(output, txid=txid)
             assert (content, got) == (self.states[txid][1], txid)
-            count += 1
-        return count
+        return len(reachable)
