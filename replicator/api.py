@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from replicator.errors import (
     WaitTimeout,
 )
 from replicator.format.ltx import TXID, parse_txid
+from replicator.levels import History
 from replicator.outbox import Entry, OutFile
 from replicator.replica import Replica
 from replicator.restorer import IntegrityCheck, RestoreResult, restore_database
@@ -106,6 +107,8 @@ class Replicator:
         poll_interval_s: float = 1.0,
         staging_limit_bytes: int = 1 << 30,
         force_snapshot: bool = False,
+        history: History | Sequence[History] | None = None,
+        verify_interval_s: float | None = None,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -120,6 +123,8 @@ class Replicator:
             poll_interval_s: how often to look for changes where there are no file events.
             staging_limit_bytes: bound for files that wait on the local disk while no replica can be reached.
             force_snapshot: begin a new history where a replica has lost its files, instead of an error.
+            history: what replicas keep of the past: one for all, or one for each in their order.
+            verify_interval_s: time between two comparisons of the database with its replicas; none when not given.
 
         Raises:
             ConfigError: no replica, or a malformed URL.
@@ -133,6 +138,8 @@ class Replicator:
         remote = any(client.kind not in ("file", "memory") for client in self._clients)
         self._interval = sync_interval_s if sync_interval_s is not None else (REMOTE_INTERVAL_S if remote else LOCAL_INTERVAL_S)
         self._poll = poll_interval_s
+        self._history = history
+        self._verify_interval_s = verify_interval_s
         self._meta = Path(meta_path) if meta_path is not None else self._path.with_name(f".{self._path.name}-litestream")
         policy = CheckpointPolicy(min_checkpoint_pages, checkpoint_interval_s)
         self._engine = Engine(
