@@ -100,6 +100,7 @@ class Replicator:
         staging_limit_bytes: int = 1 << 30,
         force_snapshot: bool = False,
         history: History | Sequence[History] | None = History(),  # noqa: B008  frozen
+        verify_interval_s: float | None = None,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -115,6 +116,7 @@ class Replicator:
             staging_limit_bytes: bound for files that wait on the local disk while no replica can be reached.
             force_snapshot: begin a new history where a replica has lost its files, instead of an error.
             history: how much of the past is kept: for all replicas, or one for each in order; None keeps raw files only, for ever.
+            verify_interval_s: time between two drills, in which each replica is restored and compared with the page table; none when not given.
 
         Raises:
             ConfigError: no replica, a malformed URL, or not as many histories as replicas.
@@ -147,6 +149,7 @@ class Replicator:
         self._recent = RecentFiles()
         self._images = Images(self._make_image)
         self._histories = histories
+        self._verify_interval_s = verify_interval_s
         self._keepers: dict[Replica, Keeper] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import TYPE_CHECKING
 
-from replicator.cli.output import table, time_text
+from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, find_source, first_answer
+from replicator.cli.output import log_to, table, time_text
 from replicator.cli.parse import Command, UsageError
 
 if TYPE_CHECKING:
@@ -17,16 +19,14 @@ __all__ = ["COMMAND"]
 
 def ltx(flags: dict[str, str], arguments: list[str]) -> int:
     if len(arguments) != 1:
-        raise UsageError("give one replica URL")
+        raise UsageError("give one replica URL, or the path of a database in the configuration")
     level = flags.get("level", "0")
     if level != "all" and not re.fullmatch(r"[0-9]", level):
         raise UsageError(f"invalid value for -level: {level!r} (0 to 9, or all)")
-    from replicator.storage import open_client
-
-    client = open_client(arguments[0])
-    files: list[FileInfo] = []
-    for number in range(10) if level == "all" else [int(level)]:
-        files += client.list(number)
+    log_to(sys.stderr, "warn")
+    levels = range(10) if level == "all" else [int(level)]
+    clients = find_source(flags, arguments[0]).clients
+    files: list[FileInfo] = first_answer(clients, lambda client: [info for number in levels for info in client.list(number)])
     if flags.get("json") == "true":
         document = [
             {
@@ -47,4 +47,10 @@ def ltx(flags: dict[str, str], arguments: list[str]) -> int:
     return 0
 
 
-COMMAND = Command("pyrepl ltx [-level 0..9|all] [-json] URL", "List the stored files.", ("json",), ("level",), ltx)
+COMMAND = Command(
+    f"pyrepl ltx [-level 0..9|all] [-json] {CONFIG_FLAGS} DB|URL",
+    "List the stored files.",
+    ("json", *CONFIG_SWITCHES),
+    ("level", *CONFIG_OPTIONS),
+    ltx,
+)

@@ -7,19 +7,25 @@ import logging
 import os
 import sys
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-from replicator.cli.output import Bar, kind_of, log_to, redacted, table, time_text
+from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, find_source, first_answer
+from replicator.cli.output import Bar, log_to, table, time_text
 from replicator.cli.parse import Command, UsageError
 from replicator.errors import NoBackups
+
+if TYPE_CHECKING:
+    from replicator.storage.base import ReplicaClient
 
 __all__ = ["COMMAND"]
 
 
 def restore(flags: dict[str, str], arguments: list[str]) -> int:
     if len(arguments) != 1:
-        raise UsageError("give one replica URL")
-    url = arguments[0]
-    output = flags.get("o")
+        raise UsageError("give one replica URL, or the path of a database in the configuration")
+    log_to(sys.stderr if flags.get("json") == "true" else sys.stdout, flags.get("log-level", "info"))
+    source = find_source(flags, arguments[0])
+    output = flags.get("o") or (os.fspath(source.database) if source.database else None)
     if output is None:
         raise UsageError("output path required: -o PATH")
     if "txid" in flags and "timestamp" in flags:
@@ -30,7 +36,6 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
     parallelism = flags.get("parallelism", "8")
     if not parallelism.isdigit() or not 1 <= int(parallelism) <= 256:
         raise UsageError(f"invalid value for -parallelism: {parallelism!r} (1 to 256)")
-    log_to(sys.stderr if flags.get("json") == "true" else sys.stdout, flags.get("log-level", "info"))
     log = logging.getLogger("replicator.cli")
     if flags.get("if-db-not-exists") == "true" and os.path.exists(output):
         log.info("database already exists, skipping path=%s", output)
@@ -43,21 +48,28 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
     timestamp = parse_timestamp(flags["timestamp"]) if "timestamp" in flags else None
     try:
         if flags.get("dry-run") == "true":
-            return _show_plan(url, output, txid, timestamp, as_json=flags.get("json") == "true")
+            as_json = flags.get("json") == "true"
+            return first_answer(source.clients, lambda client: _show_plan(client, output, txid, timestamp, as_json=as_json))
         with Bar() as bar:
-            result = restore_database(
-                url,
-                output,
-                txid=txid,
-                timestamp=timestamp,
-                force=flags.get("force") == "true",
-                integrity_check=check,  # type: ignore[arg-type]
-                parallelism=int(parallelism),
-                progress=bar.show,
+            kind, result = first_answer(
+                source.clients,
+                lambda client: (
+                    client.kind,
+                    restore_database(
+                        client,
+                        output,
+                        txid=txid,
+                        timestamp=timestamp,
+                        force=flags.get("force") == "true",
+                        integrity_check=check,  # type: ignore[arg-type]
+                        parallelism=int(parallelism),
+                        progress=bar.show,
+                    ),
+                ),
             )
     except NoBackups:
         if flags.get("if-replica-exists") == "true":
-            log.info("no matching backups found url=%s", redacted(url))
+            log.info("no matching backups found url=%s", source.clients[0].url)
             return 0
         raise
     if flags.get("json") == "true":
@@ -65,7 +77,7 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
             json.dumps(
                 {
                     "db_path": str(result.output),
-                    "replica": kind_of(url),
+                    "replica": kind,
                     "txid": f"{result.txid:016x}",
                     "duration_ms": round(result.duration_s * 1000),
                     "integrity_check": check,
@@ -85,12 +97,10 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
     return 0
 
 
-def _show_plan(url: str, output: str, txid: int | None, timestamp: datetime | None, *, as_json: bool) -> int:
+def _show_plan(client: ReplicaClient, output: str, txid: int | None, timestamp: datetime | None, *, as_json: bool) -> int:
     from replicator.format.ltx import TXID
     from replicator.restorer import find_plan
-    from replicator.storage import open_client
 
-    client = open_client(url)
     plan = find_plan(client, txid=None if txid is None else TXID(txid), timestamp=timestamp)
     files = [
         {
@@ -116,10 +126,10 @@ def _show_plan(url: str, output: str, txid: int | None, timestamp: datetime | No
 
 
 COMMAND = Command(
-    "pyrepl restore -o PATH [-txid HEX | -timestamp TIME] [-force] [-dry-run] [-json] [-if-db-not-exists] [-if-replica-exists] "
-    "[-integrity-check none|quick|full] [-parallelism N] URL",
+    "pyrepl restore [-o PATH] [-txid HEX | -timestamp TIME] [-force] [-dry-run] [-json] [-if-db-not-exists] [-if-replica-exists] "
+    f"[-integrity-check none|quick|full] [-parallelism N] {CONFIG_FLAGS} DB|URL",
     "Restore a database from a replica.",
-    ("force", "dry-run", "json", "if-db-not-exists", "if-replica-exists"),
-    ("o", "txid", "timestamp", "integrity-check", "parallelism", "log-level"),
+    ("force", "dry-run", "json", "if-db-not-exists", "if-replica-exists", *CONFIG_SWITCHES),
+    ("o", "txid", "timestamp", "integrity-check", "parallelism", "log-level", *CONFIG_OPTIONS),
     restore,
 )

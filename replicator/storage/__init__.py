@@ -1,11 +1,12 @@
 """Places that store LTX files, behind one protocol (`base.ReplicaClient`).
 
-`open_client` is the only code that knows every backend. A backend is imported when a URL asks for it: boto3 alone costs half a second.
+`open_client` and `open_replica` are the only code that knows every backend. A backend is imported when a URL asks for it: boto3 alone costs half a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from replicator.errors import ConfigError
@@ -13,11 +14,12 @@ from replicator.storage.base import AGE, LITESTREAM, Layout, ReplicaClient
 from replicator.storage.url import file_path, is_url, redact, scheme
 
 if TYPE_CHECKING:
+    from replicator.config import ReplicaSettings
     from replicator.storage.file import FileClient
     from replicator.storage.memory import MemoryClient
     from replicator.storage.s3 import S3Client
 
-__all__ = ["open_client", "redact"]
+__all__ = ["open_client", "open_replica", "redact"]
 
 _ENCRYPTED = "age+"
 
@@ -66,3 +68,45 @@ def _open(url: str, layout: Layout) -> FileClient | S3Client | MemoryClient:
             return MemoryClient.named(url.partition("://")[2], layout=layout)
         case other:
             raise ConfigError(f"replica URL has an unsupported scheme: {other}", hint="supported are file, s3 and memory, and plain paths")
+
+
+def open_replica(settings: ReplicaSettings) -> ReplicaClient:
+    """Return the client for a replica of a configuration file. Nothing is contacted or created yet; a key file is read.
+
+    Raises:
+        ConfigError: an age key is none, or the key file is of no use.
+    """
+    encrypted = bool(settings.age_identities or settings.age_recipients)
+    client = _open_configured(settings, AGE if encrypted else LITESTREAM)
+    if not encrypted:
+        return client
+    from replicator.storage.age import AgeClient
+
+    return AgeClient(client, recipients=settings.age_recipients, identities=settings.age_identities)
+
+
+def _open_configured(settings: ReplicaSettings, layout: Layout) -> FileClient | S3Client:
+    if settings.s3 is None:
+        from replicator.storage.file import FileClient
+
+        if settings.directory is None:
+            raise AssertionError(f"a replica of type {settings.kind} without a directory")
+        return FileClient(settings.directory, layout=layout)
+    from replicator.storage.s3 import S3Client
+
+    s3 = settings.s3
+    if settings.sse_customer_key_path is not None:
+        s3 = replace(s3, sse_customer_key=_read_key(settings))
+    return S3Client(s3, layout=layout)
+
+
+def _read_key(settings: ReplicaSettings) -> str:
+    path = settings.sse_customer_key_path
+    assert path is not None
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).decode("ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read sse-customer-key-path {path}: {(error.strerror or 'error').lower()}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"sse-customer-key-path {path} does not hold 32 bytes in base64") from None

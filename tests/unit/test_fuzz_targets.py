@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fuzz import fuzz_ltx, fuzz_wal
+from fuzz import fuzz_config, fuzz_ltx, fuzz_wal
+from replicator.errors import ConfigError
 from replicator.format.checksum import wal_checksum
 from replicator.format.ltx import TXID, Header, encode_file
 
@@ -27,7 +28,16 @@ def _wal() -> bytes:
 
 
 WAL = _wal()
-TARGETS = [(fuzz_ltx, LTX), (fuzz_wal, WAL)]
+CONFIG = b"""
+x-common: &common {sync-interval: 1s}
+dbs:
+  - path: ~/a.db
+    snapshot: {retention: 72h}
+    replicas:
+      - {<<: *common, type: s3, bucket: bkt, access-key-id: $ACCESS, secret-access-key: '${SECRET}'}
+      - {path: r, age: {recipients: [age1x]}}
+"""
+TARGETS = [(fuzz_ltx, LTX), (fuzz_wal, WAL), (fuzz_config, CONFIG)]
 
 
 @pytest.mark.parametrize(("target", "valid"), TARGETS)
@@ -58,3 +68,21 @@ def test_the_wal_target_notices_a_scan_that_stops_early(monkeypatch: pytest.Monk
     monkeypatch.setattr(fuzz_wal, "scan_frames", lambda data, **rest: scan(data[:-536], **rest))
     with pytest.raises(AssertionError):
         fuzz_wal.check(WAL)
+
+
+def test_the_config_target_notices_a_secret_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = fuzz_config.load
+
+    def talkative(text: str, **options: Any) -> Any:
+        config = load(text, **options)
+        raise ConfigError(f"fuzz.yml: {config.databases[0].replicas[0].s3.secret_access_key}")
+
+    monkeypatch.setattr(fuzz_config, "load", talkative)
+    with pytest.raises(AssertionError):
+        fuzz_config.check(CONFIG)
+
+
+def test_the_config_target_notices_plaintext_where_encryption_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_config, "open_replica", lambda settings: None)
+    with pytest.raises(AssertionError):
+        fuzz_config.check(CONFIG)

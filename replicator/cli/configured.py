@@ -1,0 +1,119 @@
+"""What commands take from the configuration file: settings, replicas of a database, and the replica to read from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from replicator.errors import ConfigError, NoBackups, ReplicatorError, StorageError
+
+if TYPE_CHECKING:
+    from replicator.config import Config
+    from replicator.storage.base import ReplicaClient
+
+__all__ = ["CONFIG_FLAGS", "CONFIG_OPTIONS", "CONFIG_SWITCHES", "Source", "find_source", "first_answer", "load_config", "log_warnings"]
+
+CONFIG_SWITCHES = ("no-expand-env", "lenient")
+CONFIG_OPTIONS = ("config",)
+CONFIG_FLAGS = "[-config PATH] [-no-expand-env] [-lenient]"
+
+log = logging.getLogger("replicator.cli")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a command reads: replicas, the preferred one first, and the database when it was named by its path."""
+
+    clients: tuple[ReplicaClient, ...]
+    database: Path | None
+
+
+def load_config(flags: dict[str, str]) -> Config:
+    """Read the file of `-config`, of `$LITESTREAM_CONFIG`, or `/etc/litestream.yml`. Raises `ConfigError`."""
+    from replicator.config import DEFAULT_PATH, MAX_TEXT, load
+
+    path = _absolute(flags.get("config") or os.environ.get("LITESTREAM_CONFIG") or DEFAULT_PATH)
+    try:
+        with path.open("rb") as file:
+            data = file.read(4 * MAX_TEXT + 1)  # more is too large, whatever it says
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}", hint="name it with -config or LITESTREAM_CONFIG") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not valid UTF-8") from None
+    return load(
+        text,
+        environ=os.environ,
+        source=str(path),
+        expand_env=flags.get("no-expand-env") != "true",
+        lenient=flags.get("lenient") == "true",
+    )
+
+
+def log_warnings(config: Config) -> None:
+    """Log what the file says without effect."""
+    for note in config.warnings:
+        log.warning("config warning line=%d column=%d text=%r", note.line, note.column, note.text)
+
+
+def find_source(flags: dict[str, str], argument: str) -> Source:
+    """Return the replica of a URL or of an existing directory, or those of the database with that path in the configuration.
+
+    Raises:
+        ConfigError: a URL together with `-config`, no configuration, or the database is not in it.
+    """
+    from replicator.config import database_path
+    from replicator.storage import open_client, open_replica
+    from replicator.storage.url import is_url, scheme
+
+    if is_url(argument) and scheme(argument) not in ("sqlite", "sqlite3"):
+        if "config" in flags:
+            raise ConfigError("cannot specify a replica URL and the -config flag")
+        return Source((open_client(argument),), None)
+    if "config" not in flags and os.path.isdir(argument):  # no database, hence a replica
+        return Source((open_client(argument),), None)
+    config = load_config(flags)
+    log_warnings(config)
+    path = database_path(argument, home=_home(), folder=Path.cwd())
+    settings = config.database(path)
+    if settings is None:
+        raise ConfigError(f"database not found in config: {path}", hint="`pyrepl databases` lists them; a replica is named by its URL")
+    return Source(tuple(open_replica(item) for item in settings.replicas), path)
+
+
+def first_answer(clients: Sequence[ReplicaClient], ask: Callable[[ReplicaClient], T]) -> T:
+    """Ask the replicas in turn; one that cannot be reached or has nothing is logged and passed over.
+
+    Raises:
+        StorageError: nobody answered, and at least one could not be asked: it may have what others have not.
+        NoBackups: nobody has anything.
+    """
+    failure: ReplicatorError | None = None
+    for number, client in enumerate(clients, 1):
+        try:
+            return ask(client)
+        except (NoBackups, StorageError) as error:
+            if failure is None or (isinstance(failure, NoBackups) and isinstance(error, StorageError)):
+                failure = error
+            if number < len(clients):
+                log.warning("replica passed over, trying the next one replica=%s error=%r", client.url, str(error))
+    assert failure is not None
+    raise failure
+
+
+def _absolute(text: str) -> Path:
+    from replicator.config import absolute_path
+
+    return absolute_path(text, home=_home(), folder=Path.cwd())
+
+
+def _home() -> Path | None:
+    return Path(os.environ["HOME"]) if os.environ.get("HOME") else None

@@ -1,0 +1,502 @@
+"""`litestream.yml`: text to frozen values. The environment, the home and the working directory are arguments; no file is opened.
+
+Litestream ignores a key that it does not know, and reads a bare `10` as ten nanoseconds. A setting that silently does nothing is how backups
+are found missing, so here both are errors with line and column, which `lenient` turns into warnings. What Litestream knows and this engine
+does not do yet is a warning, too. All other rules are the peer's, down to the expansion of `$NAME` in the raw text.
+
+Three stages, each in a module of its own: `expand` replaces variables in the text, `yamltree` makes a tree of it, and `configtable` hands out the
+values of the keys that are asked for here.
+
+Source: specification 0.5 section 4, specification 0.3 section 13 (older keys), both tried with the released binaries.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
+from replicator.errors import ConfigError
+from replicator.expand import expand_environment
+from replicator.levels import History
+from replicator.storage.url import MIN_PART_SIZE, S3Settings, endpoint_url, file_path, is_url, parse_s3_url, redact, scheme
+from replicator.yamltree import MAX_TEXT, Note, ScalarNode, YAMLProblem, parse_yaml
+
+__all__ = [
+    "DEFAULT_PATH",
+    "MAX_TEXT",
+    "Config",
+    "DatabaseSettings",
+    "Logging",
+    "Note",
+    "ReplicaSettings",
+    "absolute_path",
+    "database_path",
+    "load",
+]
+
+DEFAULT_PATH = "/etc/litestream.yml"
+
+_SQLITE_URL = re.compile(r"^sqlite3?://")
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """`logging`. `level` is one of trace, debug, info, warn and error, or None when nothing was said."""
+
+    level: str | None = None
+    stderr: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSettings:
+    """One replica. `url` says where it is, without secrets; `storage.open_replica` makes the client.
+
+    Attributes:
+        directory: the root, for kind "file".
+        s3: bucket, path and how to talk to the store, for kind "s3".
+        sse_customer_key_path: a file whose text becomes `s3.sse_customer_key` when the client is made.
+        sync_interval_s: least time between two uploads that nobody waits for; None for the engine's default.
+        history: levels, snapshots and retention, the replica's own settings included.
+        age_identities, age_recipients: not empty: what is stored there must be encrypted, or nothing may be stored.
+    """
+
+    kind: Literal["file", "s3"]
+    url: str
+    directory: Path | None = None
+    s3: S3Settings | None = None
+    sse_customer_key_path: Path | None = None
+    sync_interval_s: float | None = None
+    history: History = field(default_factory=History)
+    age_identities: tuple[str, ...] = field(default=(), repr=False)
+    age_recipients: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseSettings:
+    """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off."""
+
+    path: Path
+    replicas: tuple[ReplicaSettings, ...]
+    meta_path: Path | None = None
+    monitor_interval_s: float | None = None
+    checkpoint_interval_s: float | None = None
+    busy_timeout_s: float | None = None
+    min_checkpoint_pages: int | None = None
+    verify_interval_s: float | None = None
+    restore_if_db_not_exists: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole file."""
+
+    databases: tuple[DatabaseSettings, ...]
+    logging: Logging
+    warnings: tuple[Note, ...]
+
+    def database(self, path: Path) -> DatabaseSettings | None:
+        """Return the settings of the database at an absolute path."""
+        return next((item for item in self.databases if item.path == path), None)
+
+
+def load(
+    text: str,
+    *,
+    environ: Mapping[str, str],
+    source: str = "litestream.yml",
+    expand_env: bool = True,
+    lenient: bool = False,
+    home: Path | None = None,
+    folder: Path | None = None,
+    pid: int | None = None,
+) -> Config:
+    """Read a configuration.
+
+    Args:
+        environ: for `$NAME` in the text, and for Litestream's credential variables.
+        source: name of the file, for messages.
+        expand_env: False takes the text as it is (`-no-expand-env`).
+        lenient: unknown keys and bare numbers for durations are warnings, and mean what Litestream makes of them.
+        home: what `~/` stands for; `$HOME` when not given.
+        folder: what relative paths are relative to; the working directory when not given.
+        pid: what `$PID` stands for; this process when not given.
+
+    Raises:
+        ConfigError: with the file's name, line and column.
+    """
+    home = home if home is not None else Path(environ["HOME"]) if environ.get("HOME") else None
+    reader = Reader(source, lenient, home, folder if folder is not None else Path.cwd(), inherited=_INHERITED, homes=_HOMES)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{source}: not valid UTF-8") from None
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{source}: too large: {len(text)} characters, {MAX_TEXT} at most")
+    if expand_env:
+        text, notes = expand_environment(text, environ, pid=os.getpid() if pid is None else pid)
+        reader.notes += notes
+    try:
+        root = parse_yaml(text)
+    except YAMLProblem as problem:
+        raise ConfigError(f"{source}:{problem.line}:{problem.column}: {problem.what}") from None
+    return _read_top(Table(reader, root, ""), environ)
+
+
+def database_path(text: str, *, home: Path | None, folder: Path) -> Path:
+    """Return the absolute path of a database; `sqlite://` and `sqlite3://` before it are dropped. Raises `ConfigError`."""
+    return absolute_path(_SQLITE_URL.sub("", text), home=home, folder=folder)
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------------------
+
+_S3_KEYS = frozenset(
+    [
+        "access-key-id", "secret-access-key", "region", "bucket", "endpoint", "force-path-style", "sign-payload", "require-content-md5",
+        "sign-accept-encoding", "skip-verify", "storage-class", "part-size", "concurrency", "sse-customer-algorithm", "sse-customer-key",
+        "sse-customer-key-path", "sse-kms-key-id",
+    ]
+)  # fmt: skip
+_OTHER_BACKENDS = frozenset(
+    [
+        "account-name", "account-key", "sas-token", "host", "user", "password", "key-path", "host-key", "concurrent-writes", "webdav-url",
+        "webdav-username", "webdav-password", "jwt", "seed", "creds", "nkey", "username", "token", "tls", "root-cas", "client-cert",
+        "client-key", "max-reconnects", "reconnect-wait", "timeout",
+    ]
+)  # fmt: skip
+_OTHER_TYPES = ("abs", "gcs", "gs", "nats", "oss", "sftp", "webdav", "webdavs")
+
+_REPLICA_ELSEWHERE = frozenset(["max-sync-ltx-files", "auto-recover"])
+_NOT_INHERITED = frozenset(["type", "path", "url", "name", "part-size", "concurrency"])
+_REPLICA_COMMON = frozenset(["type", "path", "url", "name", "sync-interval", "validation-interval", "age"]) | _REPLICA_ELSEWHERE
+_REPLICA_ONLY = frozenset(["retention", "retention-check-interval", "snapshot-interval"])  # of 0.3; never global
+_GLOBAL_REPLICA = _REPLICA_COMMON | _S3_KEYS | _OTHER_BACKENDS
+_REPLICA = _GLOBAL_REPLICA | _REPLICA_ONLY
+_INHERITED = _GLOBAL_REPLICA - _NOT_INHERITED
+
+_TOP_ELSEWHERE = frozenset(
+    [
+        "addr", "mcp-addr", "exec", "socket", "verify-compaction", "validation", "heartbeat-url", "heartbeat-interval",
+        "shutdown-sync-timeout", "shutdown-sync-interval",
+    ]
+)  # fmt: skip
+_TOP_OWN = frozenset(["dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging"])
+_DIRECTORY = ("dir", "pattern", "recursive", "watch", "meta-dir")
+_DATABASE_ELSEWHERE = frozenset(["truncate-page-n", "max-sync-wal-bytes", "max-checkpoint-page-count"])
+_DATABASE_OWN = frozenset(
+    [
+        "path", "meta-path", "monitor-interval", "checkpoint-interval", "busy-timeout", "min-checkpoint-page-count", "verify-interval",
+        "restore-if-db-not-exists", "snapshot", "replica", "replicas", *_DIRECTORY,
+    ]
+)  # fmt: skip
+
+# Where a key belongs, for the hint when it stands elsewhere.
+_HOMES = (
+    (_DATABASE_OWN | _DATABASE_ELSEWHERE, "a database's entry in dbs"),
+    (_REPLICA, "replica"),
+    (_TOP_OWN | _TOP_ELSEWHERE, "the top level of the file"),
+)
+
+# -- sections ------------------------------------------------------------------------------------------------------------------
+
+
+def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
+    top.check_keys(_TOP_OWN | _TOP_ELSEWHERE | _GLOBAL_REPLICA)
+    top.no_effect(_TOP_ELSEWHERE | _REPLICA_ELSEWHERE, "not implemented yet: it has no effect")
+    top.no_effect(_NOT_INHERITED, "replicas do not inherit this key: it has no effect here")
+    top.no_effect(_OTHER_BACKENDS, "only file and s3 replicas are supported: it has no effect")
+    entries = [Table(top.reader, node, where) for node, where in top.items("dbs")]
+    history = _read_history(top, entries)
+    databases = [_read_database(entry, top, history, environ) for entry in entries]
+    _check_unique(top.reader, entries, databases)
+    return Config(
+        tuple(databases), _read_logging(top.table("logging")), tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column)))
+    )
+
+
+def _read_logging(table: Table) -> Logging:
+    table.check_keys(["level", "type", "stderr", "source"])
+    kind = table.text("type")
+    if kind in ("json", "pretty"):
+        table.warn("type", f"{kind} is not implemented yet: lines are text")
+    elif kind not in (None, "text"):
+        table.warn("type", "must be text, json or pretty: lines are text")
+    if table.boolean("source"):
+        table.warn("source", "not implemented yet: it has no effect")
+    level = (table.text("level") or "").lower()
+    level = {"warning": "warn"}.get(level, level)
+    if level not in ("", "trace", "debug", "info", "warn", "error"):
+        table.fail("level", "must be trace, debug, info, warn or error")
+    return Logging(level or None, bool(table.boolean("stderr")))
+
+
+def _read_history(top: Table, entries: Sequence[Table]) -> History:
+    retention = top.node("retention")
+    if isinstance(retention, ScalarNode):
+        top.fail(
+            "retention", "must be a mapping with the key enabled", "a time goes to snapshot.retention, or to retention under a replica"
+        )
+    table = top.table("retention")
+    table.check_keys(["enabled"])
+    enabled = table.boolean("enabled")
+    levels = []
+    for node, where in top.items("levels"):
+        level = Table(top.reader, node, where)
+        level.check_keys(["interval"])
+        if (interval := level.duration("interval", zero=False)) is None:
+            top.reader.fail(node, f"{where}: interval is missing")
+        levels.append(interval)
+    if top.own("levels") is not None and not 1 <= len(levels) <= 8:
+        top.fail("levels", f"must have 1 to 8 entries, not {len(levels)}")
+    values = {
+        "snapshot_interval_s": _hoisted(top, entries, "interval"),
+        "snapshot_retention_s": _hoisted(top, entries, "retention"),
+        "l0_retention_s": top.duration("l0-retention"),
+        "l0_retention_check_interval_s": top.duration("l0-retention-check-interval", zero=False),
+    }
+    history = replace(History(), **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+    return replace(history, level_intervals_s=tuple(levels) or history.level_intervals_s, retention_enabled=enabled is not False)
+
+
+def _hoisted(top: Table, entries: Sequence[Table], key: str) -> float | None:
+    """Return `snapshot.<key>`: the file's own, else that of the databases, who must agree."""
+    own = top.table("snapshot")
+    own.check_keys(["interval", "retention"])
+    chosen = own.duration(key, zero=False)
+    first: Table | None = None
+    saying = 0
+    for entry in entries:
+        table = entry.table("snapshot")
+        table.check_keys(["interval", "retention"])
+        value = table.duration(key, zero=False)
+        if value is None:
+            continue
+        saying += 1
+        if chosen is None:
+            chosen, first = value, table
+        elif value != chosen and first is not None:
+            table.fail(
+                key, f"conflicts with {first.named(key)}: one value holds for all databases", "give it once, as snapshot at the top level"
+            )
+        elif value != chosen:
+            node = table.node(key) or table.place
+            top.reader.object(node, f"{table.named(key)}: snapshot.{key} at the top level holds for all databases, in Litestream, too")
+    if first is not None and saying < len(entries):
+        first.warn(key, "holds for all databases, as in Litestream")
+    return chosen
+
+
+def _read_database(entry: Table, top: Table, history: History, environ: Mapping[str, str]) -> DatabaseSettings:
+    if (directory := entry.node("dir")) is not None:
+        hint = "list each database with path"
+        entry.reader.fail(directory, f"{entry.named('dir')}: directories come with the daemon release", hint)
+    entry.check_keys(_DATABASE_OWN | _DATABASE_ELSEWHERE)
+    entry.no_effect(_DIRECTORY, "goes with dir only: it has no effect")
+    entry.no_effect(_DATABASE_ELSEWHERE, "not needed by this engine: it has no effect")
+    path = entry.path("path", strip=_SQLITE_URL)
+    if path is None:
+        entry.reader.fail(entry.place, f"{entry.where}: path is missing")
+    pages = entry.number("min-checkpoint-page-count")
+    if pages == 0:
+        entry.fail("min-checkpoint-page-count", "must be greater than 0")
+    monitor = entry.duration("monitor-interval")
+    if monitor == 0:
+        entry.warn("monitor-interval", "0 would switch replication off: it has no effect")
+    if entry.own("replica") is not None and entry.own("replicas") is not None:
+        entry.fail("replicas", "cannot specify 'replica' and 'replicas' on a database")
+    tables = [Table(entry.reader, node, where, fallback=top) for node, where in entry.items("replicas")]
+    if entry.own("replica") is not None:
+        tables = [entry.table("replica", fallback=top)]
+    if not tables:
+        entry.reader.fail(entry.place, f"{entry.where}: must specify replica for database")
+    replicas = tuple(_read_replica(table, top, history, environ) for table in tables)
+    intervals = {item.sync_interval_s for item in replicas}
+    if len(intervals) > 1:
+        entry.reader.warn(tables[0].place, f"{entry.where}: the shortest sync-interval holds for all replicas of a database")
+    return DatabaseSettings(
+        path=path,
+        replicas=replicas,
+        meta_path=entry.path("meta-path"),
+        monitor_interval_s=monitor or None,
+        checkpoint_interval_s=entry.duration("checkpoint-interval"),
+        busy_timeout_s=entry.duration("busy-timeout"),
+        min_checkpoint_pages=pages,
+        verify_interval_s=entry.duration("verify-interval", zero=False),
+        restore_if_db_not_exists=bool(entry.boolean("restore-if-db-not-exists")),
+    )
+
+
+def _check_unique(reader: Reader, entries: Sequence[Table], databases: Sequence[DatabaseSettings]) -> None:
+    """Refuse two entries for one database or one metadata folder, and two databases (or two entries of one) in one replica."""
+    seen: dict[tuple[str, object], int] = {}
+    for number, (entry, database) in enumerate(zip(entries, databases, strict=True)):
+        meta = database.meta_path or database.path.with_name(f".{database.path.name}-litestream")
+        places = [("path", database.path), ("metadata path", meta)]
+        for kind, place in [*places, *(("replica", replica.url) for replica in database.replicas)]:
+            if (kind, place) in seen:
+                other = seen[kind, place]
+                where = "used twice" if other == number else f"already used by dbs[{other}]"
+                reader.fail(entry.place, f"{entry.where}: duplicate {kind} {place} ({where})")
+            seen[kind, place] = number
+
+
+def _read_replica(table: Table, top: Table, history: History, environ: Mapping[str, str]) -> ReplicaSettings:
+    table.check_keys(_REPLICA)
+    table.no_effect(_REPLICA_ELSEWHERE, "not needed by this engine: it has no effect")
+    table.no_effect(["retention-check-interval"], "retention is applied after each snapshot: it has no effect")
+    table.no_effect(
+        ["validation-interval"], "not implemented yet: it has no effect; verify-interval of the database compares it with its replicas"
+    )
+    url, path = table.text("url"), table.text("path")
+    if path is not None and is_url(path):
+        table.fail("path", f"replica path cannot be a url, please use the 'url' field instead: {redact(path)}")
+    if url is not None and not is_url(url):
+        table.fail("url", "not a URL", "give file:///path or s3://bucket/path, or use path")
+    kind = (scheme(url) if url is not None else table.text("type")) or "file"
+    if kind not in ("file", "s3"):
+        known = kind in _OTHER_TYPES
+        what = f"replica type {kind} is not supported yet" if known else f"unknown replica type in config: {shown(kind)}"
+        table.fail("url" if url is not None else "type", what, "file and s3 are supported")
+    if url is not None and path is not None:
+        table.fail("path", f"cannot specify url & path for {kind} replica")
+    foreign = _OTHER_BACKENDS if kind == "s3" else _OTHER_BACKENDS | _S3_KEYS
+    table.no_effect(foreign, f"of no use for a replica of type {kind}: it has no effect")
+    identities, recipients = _read_age(table, top)
+    settings = ReplicaSettings(
+        kind="file",
+        url="",
+        sync_interval_s=table.duration("sync-interval", zero=False),
+        history=_own_history(table, history),
+        age_identities=identities,
+        age_recipients=recipients,
+    )
+    if kind == "s3":
+        s3, key_path = _read_s3(table, top, url, path)
+        return replace(settings, kind="s3", url=s3.url, s3=s3.with_environment(environ), sse_customer_key_path=key_path)
+    return replace(settings, directory=(directory := _directory(table, url, table.path("path"))), url=f"file://{directory}")
+
+
+def _directory(table: Table, url: str | None, path: Path | None) -> Path:
+    if url is None:
+        if path is None:
+            table.reader.fail(table.place, f"{table.where}: file replica path required")
+        return path
+    try:
+        return Path(file_path(url))
+    except ConfigError as error:
+        table.fail("url", str(error), error.hint)
+
+
+def _own_history(table: Table, history: History) -> History:
+    """Return the history with what 0.3 lets a replica say about its own."""
+    retention = table.duration("retention", zero=False)
+    interval = table.duration("snapshot-interval")
+    if retention is not None:
+        history = replace(history, snapshot_retention_s=retention)
+    if interval is not None:
+        history = replace(history, snapshot_interval_s=interval)
+    return history
+
+
+def _read_age(table: Table, top: Table) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return identities and recipients. `age` that says nothing is an error: an unset variable must not mean plaintext."""
+    if not table.has("age"):
+        return (), ()
+    own, general = table.table("age"), top.table("age")
+    for age in (own, general):
+        age.check_keys(["identities", "recipients"])
+    identities, recipients = (
+        _texts(own, key) if own.node(key) is not None else _texts(general, key) for key in ("identities", "recipients")
+    )
+    if not identities and not recipients:
+        hint = "remove the key age if the replica is not to be encrypted; a variable that is not set is empty"
+        table.reader.fail(own.place, f"{own.where}: neither recipients nor identities", hint)
+    if any(text.upper().startswith("AGE-SECRET-KEY-") for text in recipients):
+        table.reader.fail(own.place, f"{own.where}.recipients: a secret key is not a recipient", "put it under identities")
+    return identities, recipients
+
+
+def _texts(table: Table, key: str) -> tuple[str, ...]:
+    found = []
+    for node, where in table.items(key):
+        if not isinstance(node, ScalarNode) or is_nothing(node):
+            table.reader.fail(node, f"{where}: must be text, and not empty")
+        found.append(node.text)
+    return tuple(found)
+
+
+def _read_s3(table: Table, top: Table, url: str | None, path: str | None) -> tuple[S3Settings, Path | None]:
+    reader = table.reader
+    if url is not None and table.own("bucket") is not None:
+        table.fail("bucket", "cannot specify url & bucket for s3 replica")
+    if (table.text("access-key-id") is None) != (table.text("secret-access-key") is None):
+        reader.fail(table.place, f"{table.where}: access-key-id and secret-access-key go together")
+    if table.text("sse-customer-algorithm") not in (None, "AES256"):
+        table.fail("sse-customer-algorithm", "must be AES256")
+    key_path = table.text("sse-customer-key-path")
+    if table.node("sse-customer-algorithm") is not None and key_path is None and table.node("sse-customer-key") is None:
+        table.fail("sse-customer-algorithm", "given without sse-customer-key")
+    if key_path is not None and table.node("sse-customer-key") is not None:
+        table.fail("sse-customer-key-path", "cannot specify sse-customer-key & sse-customer-key-path")
+    said: dict[str, object] = {
+        "region": table.text("region"),
+        "endpoint": _endpoint(table),
+        "force_path_style": table.boolean("force-path-style"),
+        "sign_payload": table.boolean("sign-payload"),
+        "require_content_md5": table.boolean("require-content-md5"),
+        "sign_accept_encoding": table.boolean("sign-accept-encoding"),
+        "skip_verify": bool(table.boolean("skip-verify") or top.boolean("skip-verify")),
+        "storage_class": table.text("storage-class"),
+        "part_size": _part_size(table),
+        "concurrency": table.number("concurrency") or None,
+        "access_key_id": table.text("access-key-id"),
+        "secret_access_key": table.text("secret-access-key"),
+        "sse_customer_key": table.text("sse-customer-key"),
+        "sse_kms_key_id": table.text("sse-kms-key-id"),
+    }
+    values = {name: value for name, value in said.items() if value is not None}
+    if url is None:
+        values |= {"bucket": _bucket(table), "path": _literal_path(table, path or "")}
+    elif "endpoint" in values:
+        values.setdefault("force_path_style", True)
+    try:
+        s3 = S3Settings(**values) if url is None else replace(parse_s3_url(url), **values)  # type: ignore[arg-type]
+    except ConfigError as error:
+        reader.fail(table.node("url") or table.place, f"{table.where}: {error}", error.hint)
+    return s3, table.path("sse-customer-key-path")
+
+
+def _bucket(table: Table) -> str:
+    bucket = table.text("bucket")
+    if bucket is None:
+        table.reader.fail(table.place, f"{table.where}: bucket required for s3 replica")
+    return bucket
+
+
+def _literal_path(table: Table, path: str) -> str:
+    """Return the beginning of the keys. Unlike a URL's path it is taken as it is written, in Litestream, too."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in path):
+        table.fail("path", "has control characters")
+    if path != posixpath.normpath(f"/{path}").lstrip("/"):
+        table.warn("path", "is used as it is written, extra slashes and dots included, as in Litestream; a URL cannot name this place")
+    return path
+
+
+def _endpoint(table: Table) -> str | None:
+    text = table.text("endpoint")
+    try:
+        return None if text is None else endpoint_url(text, private_http=False)
+    except ConfigError as error:
+        table.fail("endpoint", str(error), error.hint)
+
+
+def _part_size(table: Table) -> int | None:
+    size = table.size("part-size")
+    if size and size < MIN_PART_SIZE:
+        table.fail("part-size", f"must be at least 5MiB (got {table.text('part-size')})")
+    return size or None
