@@ -20,6 +20,7 @@ from typing import Literal, Self
 from replicator.board import Board, State
 from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
+from replicator.drills import DrillResult, DrillThread
 from replicator.engine import Engine, NotSynced
 from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageUnavailable
 from replicator.format.ltx import TXID, parse_txid
@@ -49,7 +50,7 @@ IMAGE_TRIES = 50
 class ReplicaStatus:
     """One replica: newest TXID stored, seconds since the oldest commit that it lacks was read, and its last error.
 
-    `problems` are those of its history (compaction, snapshots, retention), which do not stop replication.
+    `problems` are those of its history (compaction, snapshots, retention), which do not stop replication; `verified` is the last drill.
     """
 
     url: str
@@ -61,6 +62,7 @@ class ReplicaStatus:
     files_sent: int
     bytes_sent: int
     problems: tuple[str, ...] = ()
+    verified: DrillResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,9 @@ class Replicator:
         self._recent = RecentFiles()
         self._images = Images(self._make_image)
         self._histories = histories
-        self._verify_interval_s = verify_interval_s
+        self._drills = (
+            DrillThread(self._engine, self._replicas, self._board, interval_s=verify_interval_s) if verify_interval_s is not None else None
+        )
         self._keepers: dict[Replica, Keeper] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -183,6 +187,8 @@ class Replicator:
             self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind}", uploader.run))
             if history is not None:
                 self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind} history", self._keeping(replica, history)))
+        if self._drills is not None:
+            self._threads.append(start_thread(f"pyrepl {name} drills", self._drills.run))
         return self
 
     def _keeping(self, replica: Replica, history: History) -> Callable[[], None]:
@@ -321,7 +327,7 @@ class Replicator:
         with board.changed:
             replicas = tuple(self._replica_status(replica) for replica in self._replicas)
             state = board.state
-            if state == "replicating" and (board.error or any(item.error or item.problems for item in replicas)):
+            if state == "replicating" and (board.error or any(map(_has_problem, replicas))):
                 state = "degraded"
             return Status(self._path, state, engine.txid, engine.wal_size(), engine.checkpoints, engine.max_locked_s, board.error, replicas)
 
@@ -336,7 +342,8 @@ class Replicator:
             replica.error,
             replica.files_sent,
             replica.bytes_sent,
-            tuple(f"{task}: {problem}" for task, problem in keeper.problems.items()) if keeper else (),
+            tuple(f"{task}: {problem}" for task, problem in list(keeper.problems.items())) if keeper else (),
+            self._drills.results.get(replica) if self._drills else None,
         )
 
     def _check_process(self) -> None:
@@ -346,6 +353,10 @@ class Replicator:
             raise DatabaseStateError(
                 "this process was forked from the one that replicates", hint="create the Replicator after fork(), in one process"
             )
+
+
+def _has_problem(item: ReplicaStatus) -> bool:
+    return bool(item.error or item.problems or (item.verified and item.verified.error))
 
 
 def restore(

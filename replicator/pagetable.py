@@ -113,12 +113,11 @@ class PageTable:
         except FileNotFoundError:
             return None
         try:
-            slots = [_decode_slot(os.pread(file, SLOT_SIZE, at)) for at in (0, SLOT_SIZE)]
-            valid = [slot for slot in slots if slot is not None]
             size = os.fstat(file).st_size
-            if not valid or size < ENTRIES_AT:
+            newest = _newest_slot(file)
+            if newest is None or size < ENTRIES_AT:
                 raise FormatError("no valid header")
-            sequence, state = max(valid, key=lambda slot: slot[0])
+            sequence, state = newest
             if size < ENTRIES_AT + state.commit * ENTRY_SIZE:
                 raise FormatError("too short")
             return cls(path, file, state, sequence)
@@ -128,6 +127,19 @@ class PageTable:
         except BaseException:
             os.close(file)
             raise
+
+    @staticmethod
+    def read_state(path: Path) -> TableState | None:
+        """Return what the table at `path` describes, without opening it for use: an engine may be at work on it. None when there is none."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            newest = _newest_slot(file)
+            return newest[1] if newest is not None else None
+        finally:
+            os.close(file)
 
     @property
     def is_intact(self) -> bool:
@@ -251,6 +263,11 @@ def _allocate(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     else:
         os.ftruncate(file, size)
+
+
+def _newest_slot(file: int) -> tuple[int, TableState] | None:
+    slots = (_decode_slot(os.pread(file, SLOT_SIZE, at)) for at in (0, SLOT_SIZE))
+    return max((slot for slot in slots if slot is not None), key=lambda slot: slot[0], default=None)
 
 
 def _decode_slot(data: bytes) -> tuple[int, TableState] | None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import databases, history, ltx, replicate, restore
+from replicator.cli import databases, history, ltx, replicate, restore, verify
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -82,6 +82,7 @@ COMMANDS = {
     "restore": restore.COMMAND,
     "ltx": ltx.COMMAND,
     "history": history.COMMAND,
+    "verify": verify.COMMAND,
     "databases": databases.COMMAND,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(

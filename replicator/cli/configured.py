@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, TypeVar
 from replicator.errors import ConfigError, NoBackups, ReplicatorError, StorageError
 
 if TYPE_CHECKING:
-    from replicator.config import Config
+    from replicator.config import Config, DatabaseSettings
     from replicator.storage.base import ReplicaClient
 
-__all__ = ["CONFIG_FLAGS", "CONFIG_OPTIONS", "CONFIG_SWITCHES", "Source", "find_source", "first_answer", "load_config", "log_warnings"]
+__all__ = [
+    "CONFIG_FLAGS",
+    "CONFIG_OPTIONS",
+    "CONFIG_SWITCHES",
+    "Source",
+    "configured_database",
+    "find_source",
+    "first_answer",
+    "load_config",
+    "log_warnings",
+]
 
 CONFIG_SWITCHES = ("no-expand-env", "lenient")
 CONFIG_OPTIONS = ("config",)
@@ -70,7 +80,6 @@ def find_source(flags: dict[str, str], argument: str) -> Source:
     Raises:
         ConfigError: a URL together with `-config`, no configuration, or the database is not in it.
     """
-    from replicator.config import database_path
     from replicator.storage import open_client, open_replica
     from replicator.storage.url import is_url, scheme
 
@@ -80,13 +89,21 @@ def find_source(flags: dict[str, str], argument: str) -> Source:
         return Source((open_client(argument),), None)
     if "config" not in flags and os.path.isdir(argument):  # no database, hence a replica
         return Source((open_client(argument),), None)
+    settings = configured_database(flags, argument)
+    return Source(tuple(open_replica(item) for item in settings.replicas), settings.path)
+
+
+def configured_database(flags: dict[str, str], argument: str) -> DatabaseSettings:
+    """Return the settings of the database with that path. Raises `ConfigError`."""
+    from replicator.config import database_path
+
     config = load_config(flags)
     log_warnings(config)
     path = database_path(argument, home=_home(), folder=Path.cwd())
     settings = config.database(path)
     if settings is None:
         raise ConfigError(f"database not found in config: {path}", hint="`pyrepl databases` lists them; a replica is named by its URL")
-    return Source(tuple(open_replica(item) for item in settings.replicas), path)
+    return settings
 
 
 def first_answer(clients: Sequence[ReplicaClient], ask: Callable[[ReplicaClient], T]) -> T:
