@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import uuid
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.servers import ACCESS, SECRET, moto, rclone, seaweed
+from tests.servers import ACCESS, SECRET, Server, moto, rclone, seaweed
 
 __all__ = ["moto", "rclone", "seaweed"]
 
@@ -16,6 +18,15 @@ settings.register_profile("default", deadline=None, suppress_health_check=_slow)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
 settings.register_profile("deep", parent=settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty replica in the store that the test's parameter names."""
+    if request.param == "file":
+        return f"file://{tmp_path}/replica"
+    server: Server = request.getfixturevalue(request.param)
+    return server.url(f"{request.node.name.partition('[')[0]}-{uuid.uuid4().hex}")
 
 
 @pytest.fixture(autouse=True)

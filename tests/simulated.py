@@ -111,7 +111,7 @@ class Simulation:
         for pgno in changed:
             self.pages[pgno - 1] = txid
         data = self.encode(txid, txid, changed)
-        self.states.append((self.now, tuple(self.pages)))
+        self.states.append((int(self.now * 1000) / 1000, tuple(self.pages)))  # files keep milliseconds
         self.replica.store([OutFile(0, TXID(txid), TXID(txid), int(self.now * 1000), data)], TXID(txid))
         self.recent.add(0, txid, txid, data)
 

@@ -11,6 +11,7 @@ from replicator import Replicator, restore
 from tests.compat.litestream import VERSION, litestream, replicate_once
 from tests.compat.litestream import restore as litestream_restore
 from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, txids
+from tests.e2e.stores import on_each_store
 
 TIMEOUT_S = 60
 
@@ -31,9 +32,10 @@ def test_it_is_the_released_version() -> None:
     assert litestream("version").stdout.strip() == VERSION
 
 
+@on_each_store
 @pytest.mark.parametrize("page_size", [512, 4096, 65536])
-def test_it_restores_every_txid_that_we_wrote(tmp_path: Path, page_size: int) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+def test_it_restores_every_txid_that_we_wrote(tmp_path: Path, url: str, page_size: int) -> None:
+    database = tmp_path / "a.db"
     application = connect(database, page_size=page_size)
     with Replicator(database, url, min_checkpoint_pages=10) as engine:
         for step in range(8):
@@ -67,8 +69,9 @@ def test_it_restores_from_a_bucket(tmp_path: Path, seaweed) -> None:
     application.close()
 
 
-def test_each_continues_what_the_other_began(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_each_continues_what_the_other_began(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 50)
     for round_number in range(3):

@@ -17,6 +17,7 @@ from replicator.storage import open_client
 from tests.compat.litestream import replicate_once
 from tests.compat.litestream import restore as litestream_restore
 from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, txids
+from tests.e2e.stores import on_each_store
 
 TIMEOUT_S = 60
 
@@ -85,10 +86,13 @@ def change_page_size(path: Path) -> None:
     connection.close()
 
 
+@on_each_store
 @pytest.mark.parametrize("happens", [autocheckpoint, truncate, vacuum, leave_wal_mode, replace_file, change_page_size])
 @pytest.mark.parametrize("application_stays", [False, True])
-def test_only_differing_pages_are_uploaded_after_downtime(tmp_path: Path, happens: Callable[[Path], None], application_stays: bool) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+def test_only_differing_pages_are_uploaded_after_downtime(
+    tmp_path: Path, url: str, happens: Callable[[Path], None], application_stays: bool
+) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 2000)
     with Replicator(database, url):
@@ -147,8 +151,9 @@ def test_the_released_litestream_loses_rows_where_we_do_not(tmp_path: Path) -> N
     assert rows(tmp_path / "theirs.db") < expected
 
 
-def test_a_deleted_metadata_folder_is_rebuilt_from_the_replica(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_a_deleted_metadata_folder_is_rebuilt_from_the_replica(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 500)
     with Replicator(database, url):
@@ -164,9 +169,10 @@ def test_a_deleted_metadata_folder_is_rebuilt_from_the_replica(tmp_path: Path) -
     application.close()
 
 
+@on_each_store
 @pytest.mark.parametrize("damage", ["flip an entry", "truncate", "older copy"])
-def test_a_damaged_page_table_is_found_and_rebuilt(tmp_path: Path, damage: str) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+def test_a_damaged_page_table_is_found_and_rebuilt(tmp_path: Path, url: str, damage: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 500)
     table = tmp_path / ".a.db-litestream/pyrepl/pages"
@@ -199,8 +205,9 @@ def test_metadata_of_another_database_is_refused(tmp_path: Path) -> None:
         Replicator(tmp_path / "a.db", f"file://{tmp_path}/a").start()
 
 
-def test_a_restored_copy_continues_the_chain(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_a_restored_copy_continues_the_chain(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 100)
     with Replicator(database, url):

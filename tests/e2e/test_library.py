@@ -26,13 +26,15 @@ from replicator.restorer import restore_database
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
 from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, txids
+from tests.e2e.stores import on_each_store
 
 TIMEOUT_S = 60
 
 
+@on_each_store
 @pytest.mark.parametrize("page_size", [512, 4096, 65536])
-def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: Path, page_size: int) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: Path, url: str, page_size: int) -> None:
+    database = tmp_path / "a.db"
     application = connect(database, page_size=page_size)
     with Replicator(database, url, min_checkpoint_pages=20) as engine:
         for step in range(30):
@@ -48,8 +50,9 @@ def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: P
     application.close()
 
 
-def test_auto_vacuum_shrinks_the_restored_file_too(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_auto_vacuum_shrinks_the_restored_file_too(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database, page_size=1024, auto_vacuum="FULL")
     with Replicator(database, url) as engine:
         insert(application, 300)
@@ -63,8 +66,9 @@ def test_auto_vacuum_shrinks_the_restored_file_too(tmp_path: Path) -> None:
     application.close()
 
 
-def test_every_txid_is_a_committed_state(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_every_txid_is_a_committed_state(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     counts = {}
     with Replicator(database, url, sync_interval_s=100) as engine:
@@ -109,8 +113,9 @@ def test_an_idle_database_makes_no_file_and_no_request(tmp_path: Path) -> None:
     application.close()
 
 
-def test_a_restart_without_changes_uploads_nothing(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_a_restart_without_changes_uploads_nothing(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 50)
     with Replicator(database, url):
@@ -178,8 +183,9 @@ def test_a_second_engine_is_refused(tmp_path: Path) -> None:
     application.close()
 
 
-def test_another_writer_on_the_replica_stops_us(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_another_writer_on_the_replica_stops_us(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     engine = Replicator(database, url).start()
     insert(application, 5)
@@ -213,8 +219,9 @@ def test_an_emptied_replica_stops_us_and_force_snapshot_begins_anew(tmp_path: Pa
     application.close()
 
 
-def test_a_full_image_is_exact_while_commits_and_checkpoints_go_on(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_a_full_image_is_exact_while_commits_and_checkpoints_go_on(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     insert(application, 3000, size=3000)
     with Replicator(database, url, min_checkpoint_pages=50) as engine:
@@ -249,8 +256,9 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
         engine.wait()
 
 
-def test_files_carry_what_the_next_writer_needs(tmp_path: Path) -> None:
-    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+@on_each_store
+def test_files_carry_what_the_next_writer_needs(tmp_path: Path, url: str) -> None:
+    database = tmp_path / "a.db"
     application = connect(database)
     with Replicator(database, url):
         insert(application, 5)
