@@ -7,6 +7,7 @@ staged, the engine encodes nothing more, and the WAL is the queue.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from replicator.errors import (
 from replicator.format.ltx import TXID, parse_txid
 from replicator.outbox import Entry, OutFile
 from replicator.replica import Replica
-from replicator.restorer import IntegrityCheck, RestoreResult, restore_database
+from replicator.restorer import IntegrityCheck, RestoreResult, restore_database, restore_from_any
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.watch import Watch
@@ -555,7 +556,7 @@ class Replicator:
 
 
 def restore(
-    url: str | ReplicaClient,
+    url: str | ReplicaClient | Sequence[str | ReplicaClient],
     output: str | os.PathLike[str],
     *,
     txid: int | str | None = None,
@@ -568,7 +569,7 @@ def restore(
     """Restore a database from a replica.
 
     Args:
-        url: of the replica, or a client.
+        url: of the replica, or a client; or several, of which the first is used that is reachable, not empty and not damaged.
         output: path of the database to write.
         txid: restore this state (a number, or 16 hex digits).
         timestamp: restore the last state before this time (aware, or RFC 3339).
@@ -578,7 +579,7 @@ def restore(
         progress: called now and then.
 
     Raises:
-        RestoreError, StorageError, ConfigError: nothing is left at the output then.
+        RestoreError, StorageError, ConfigError: nothing is left at the output then. Of several replicas it is the first one's error.
     """
     if txid is not None and timestamp is not None:
         raise ConfigError("cannot specify txid and timestamp to restore")
@@ -588,21 +589,28 @@ def restore(
         timestamp = parse_timestamp(timestamp)
     if timestamp is not None and timestamp.tzinfo is None:
         raise ConfigError("timestamp has no time zone", hint="give an aware datetime, or RFC 3339 text with Z or an offset")
-    client = open_client(url) if isinstance(url, str) else url
-    try:
-        return restore_database(
-            client,
-            Path(os.path.abspath(output)),
-            txid=None if txid is None else TXID(txid),
-            timestamp=timestamp,
-            force=force,
-            integrity_check=integrity_check,
-            parallelism=parallelism,
-            progress=progress,
-        )
-    finally:
-        if isinstance(url, str):
-            client.close()
+    replicas = [url] if isinstance(url, str) or not isinstance(url, Sequence) else list(url)
+    with contextlib.ExitStack() as stack:
+        clients: list[ReplicaClient] = []
+        for replica in replicas:
+            if isinstance(replica, str):
+                replica = open_client(replica)
+                stack.callback(replica.close)
+            clients.append(replica)
+
+        def from_one(client: ReplicaClient) -> RestoreResult:
+            return restore_database(
+                client,
+                Path(os.path.abspath(output)),
+                txid=None if txid is None else TXID(txid),
+                timestamp=timestamp,
+                force=force,
+                integrity_check=integrity_check,
+                parallelism=parallelism,
+                progress=progress,
+            )
+
+        return restore_from_any(clients, from_one)
 
 
 def parse_timestamp(text: str) -> datetime:
