@@ -165,13 +165,26 @@ def test_many_files_become_few_changes(tmp_path: Path, history: History, memory:
     assert (len(seen) == 25) if memory == 0 else (len(seen) == 1) if memory == 1 << 20 else (1 < len(seen) < 25)
 
 
+def test_a_merged_change_has_no_page_beyond_its_end(history: History) -> None:
+    client, merged = MemoryClient(), follow._Merged()
+    shrunk = next(txid for txid in range(3, 31) if history.commit(txid) < history.commit(txid - 1))
+    for txid in (shrunk - 1, shrunk):
+        info = history.put(client, 0, txid, txid)
+        file = follow._fetch(client, info, 512, history.commit(txid - 1), Path(), NEVER)
+        merged.add(file)
+        file.close()
+    pgnos = [pgno for pgno, _ in merged.pages()]
+    assert pgnos == sorted(pgnos)
+    assert pgnos[-1] <= merged.commit == history.commit(shrunk)
+
+
 def test_a_fresh_copy_is_in_rollback_mode_and_private(tmp_path: Path, history: History) -> None:
     client = MemoryClient()
     wal = History([image[:18] + b"\2\2" + image[20:] for image in history.images], history.sizes)
     wal.put(client, 0, 1, 1)
     output = tmp_path / "copy.db"
-    with Session(client, tmp_path):
-        assert output.read_bytes()[18:20] == b"\1\1"
+    follow._begin(client, output, False, "none", 2, lambda _: None, tmp_path / "notes")
+    assert output.read_bytes()[18:20] == b"\1\1"
     assert output.stat().st_mode & 0o777 == txid_path(output).stat().st_mode & 0o777 | 0o600 == 0o600
     connection = sqlite3.connect(output)
     connection.execute("SELECT count(*) FROM t").fetchone()

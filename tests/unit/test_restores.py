@@ -53,6 +53,21 @@ def test_dead_restores_are_swept_and_their_half_written_notes_too(tmp_path: Path
         assert len(list(folder.iterdir())) == 1
 
 
+def test_a_plan_that_changes_while_it_is_read_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a" / "restores"
+    real = fcntl.flock
+    with announce(folder) as one:
+        one.plan(URL, [info(0, 1, 1)])
+
+        def change_first(file: int, operation: int) -> None:
+            monkeypatch.setattr(restores.fcntl, "flock", real)
+            one.plan(URL, [info(0, 2, 2)])
+            real(file, operation)
+
+        monkeypatch.setattr(restores.fcntl, "flock", change_first)
+        assert planned(URL, folder=folder) == {(0, 2, 2)}
+
+
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff", b'{"url": "s3://bucket/path", "files": [[1]]}', b'{"url": 1, "files": 2}'])
 def test_a_note_that_is_none_is_ignored(tmp_path: Path, text: bytes) -> None:
     folder = tmp_path / "a" / "restores"
