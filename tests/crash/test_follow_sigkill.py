@@ -138,8 +138,8 @@ def test_twenty_kills_leave_committed_states(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_leave_committed_states(tmp_path: Path) -> None:
-    kill_rounds(tmp_path, 200)
+def test_a_hundred_kills_leave_committed_states(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 100)
 
 
 READER = """
