@@ -6,6 +6,7 @@ nobody up. What they share is in `board.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -31,7 +32,8 @@ from replicator.loop import EngineThread
 from replicator.outbox import OutFile
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
-from replicator.restorer import IntegrityCheck, RestoreResult, restore_database
+from replicator.restorer import IntegrityCheck, RestoreResult, first_answer, restore_database
+from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.uploader import KeeperThread, Uploader, start_thread, waiting_snapshot
@@ -203,6 +205,7 @@ class Replicator:
                 scratch=self._engine.scratch,
                 recent=self._recent,
                 take_snapshot=waiting_snapshot(self._images, replica, self._board),
+                in_use=planned,
                 stopping=lambda: self._board.ends,
             )
             self._keepers[replica] = keeper
@@ -360,7 +363,7 @@ def _has_problem(item: ReplicaStatus) -> bool:
 
 
 def restore(
-    url: str | ReplicaClient,
+    url: str | ReplicaClient | Sequence[str | ReplicaClient],
     output: str | os.PathLike[str],
     *,
     txid: int | str | None = None,
@@ -373,7 +376,7 @@ def restore(
     """Restore a database from a replica.
 
     Args:
-        url: of the replica, or a client.
+        url: of the replica, or a client; or several, of which the first is used that is reachable, not empty and not damaged.
         output: path of the database to write.
         txid: restore this state (a number, or 16 hex digits).
         timestamp: restore the last state before this time (aware, or RFC 3339).
@@ -383,7 +386,7 @@ def restore(
         progress: called now and then.
 
     Raises:
-        RestoreError, StorageError, ConfigError: nothing is left at the output then.
+        RestoreError, StorageError, ConfigError: nothing is left at the output then. Of several replicas it is the first error that is not "nothing is stored".
     """
     if txid is not None and timestamp is not None:
         raise ConfigError("cannot specify txid and timestamp to restore")
@@ -393,21 +396,28 @@ def restore(
         timestamp = parse_timestamp(timestamp)
     if timestamp is not None and timestamp.tzinfo is None:
         raise ConfigError("timestamp has no time zone", hint="give an aware datetime, or RFC 3339 text with Z or an offset")
-    client = open_client(url) if isinstance(url, str) else url
-    try:
-        return restore_database(
-            client,
-            Path(os.path.abspath(output)),
-            txid=None if txid is None else TXID(txid),
-            timestamp=timestamp,
-            force=force,
-            integrity_check=integrity_check,
-            parallelism=parallelism,
-            progress=progress,
-        )
-    finally:
-        if isinstance(url, str):
-            client.close()
+    replicas = [url] if isinstance(url, str) or not isinstance(url, Sequence) else list(url)
+    with contextlib.ExitStack() as stack:
+        clients: list[ReplicaClient] = []
+        for replica in replicas:
+            if isinstance(replica, str):
+                replica = open_client(replica)
+                stack.callback(replica.close)
+            clients.append(replica)
+
+        def from_one(client: ReplicaClient) -> RestoreResult:
+            return restore_database(
+                client,
+                Path(os.path.abspath(output)),
+                txid=None if txid is None else TXID(txid),
+                timestamp=timestamp,
+                force=force,
+                integrity_check=integrity_check,
+                parallelism=parallelism,
+                progress=progress,
+            )
+
+        return first_answer(clients, from_one)
 
 
 def parse_timestamp(text: str) -> datetime:

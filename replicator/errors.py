@@ -25,6 +25,9 @@
         CorruptReplica       (name, reason) a stored file fails its checks
         OutputExists         (path)
         IntegrityCheckFailed (path, message)
+        CannotResume         (path, reason) a followed copy without a usable TXID
+        CopyChanged          (path, reason) somebody else wrote to a followed copy
+        CopyInUse            (path) another process follows into it
       ReplicaStateError      the replica does not belong to this database
         LineageMismatch      (url, expected, got)
         ReplicaEmptied       (url, txid)
@@ -46,9 +49,12 @@ from pathlib import Path
 
 __all__ = [
     "AccessDenied",
+    "CannotResume",
     "ChecksumMismatch",
     "ConfigError",
     "ContinuityLost",
+    "CopyChanged",
+    "CopyInUse",
     "CorruptReplica",
     "DatabaseLocked",
     "DatabaseNotFound",
@@ -288,6 +294,34 @@ class IntegrityCheckFailed(RestoreError):
         super().__init__(
             f"integrity check failed: {path}: {message}", hint="restore an earlier moment with -txid or -timestamp, or another replica"
         )
+
+
+class CannotResume(RestoreError):
+    """There is a database at the output, and nothing says which TXID it is at."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        self.path, self.reason = Path(path), reason
+        super().__init__(
+            f"cannot resume follow mode: {reason}; delete the database to re-restore: {path}", hint="delete the database, or -force"
+        )
+
+
+class CopyChanged(RestoreError):
+    """A followed copy is not as this process left it: it is for reading only."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        self.path, self.reason = Path(path), reason
+        super().__init__(
+            f"followed copy was changed: {path} ({reason})", hint="a followed copy is read-only; delete it and its -txid file, then restart"
+        )
+
+
+class CopyInUse(RestoreError):
+    """Somebody else keeps the copy up to date."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__(f"another process follows into this file: {path}", hint="stop the other process, or choose another output")
 
 
 class ReplicaStateError(ReplicatorError):

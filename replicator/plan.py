@@ -7,6 +7,8 @@ The rules are the peer's, so that both engines choose the same state:
    offer has the larger max TXID, then the smaller min TXID, then the higher level, then the earlier time. It is taken; repeat.
 3. Without a target, files that begin after a gap are an error. With a target the gap ends the plan.
 
+A copy that is followed starts from its own TXID instead of a snapshot. Where no file continues it, the newest full image does.
+
 A time excludes files of exactly that time (`<`, not `<=`); a TXID must be the end of a file.
 
 Source: specification, section 2.4.
@@ -20,7 +22,7 @@ from datetime import datetime
 from replicator.errors import NonContiguous, TXIDNotAvailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo, format_txid
 
-__all__ = ["chain_end", "plan_restore"]
+__all__ = ["chain_end", "plan_follow", "plan_restore"]
 
 Files = Mapping[int, Sequence[FileInfo]]
 
@@ -45,11 +47,7 @@ def plan_restore(files: Files, *, txid: TXID | None = None, timestamp: datetime 
             plan = [info]
     current = plan[0].max_txid if plan else TXID(0)
     cursors = [_Cursor(files.get(level, ()), txid, timestamp) for level in range(SNAPSHOT_LEVEL - 1, -1, -1)]
-    while txid is None or current < txid:
-        offers = [offer for cursor in cursors if (offer := cursor.offer(current)) is not None]
-        if not offers:
-            break
-        best = min(offers, key=lambda info: (-info.max_txid, info.min_txid, -info.level, info.created_at))
+    while (txid is None or current < txid) and (best := _best_offer(cursors, current)) is not None:
         plan.append(best)
         current = best.max_txid
     if txid is None and timestamp is None:
@@ -61,9 +59,47 @@ def plan_restore(files: Files, *, txid: TXID | None = None, timestamp: datetime 
     return plan
 
 
+def plan_follow(files: Files, current: TXID, *, image_of: TXID | None = None) -> list[FileInfo]:
+    """Return the files that lead from the state `current` to the newest, in order; none when it is the newest.
+
+    Args:
+        files: all stored files by level, each level in ascending order.
+        image_of: begin with a full image of this TXID or a later one: no other file can be applied.
+
+    Raises:
+        NonContiguous: newer files are stored, and no file leads to them.
+    """
+    cursors = [_Cursor(files.get(level, ()), None, None) for level in range(SNAPSHOT_LEVEL - 1, -1, -1)]
+    images = [info for level in files.values() for info in level if info.min_txid == 1]
+    newest = max(images, key=lambda info: info.max_txid, default=None)
+    plan: list[FileInfo] = []
+    if image_of is not None:
+        if newest is None or newest.max_txid < image_of:
+            raise NonContiguous(current, image_of)
+        plan, current = [newest], newest.max_txid
+    while True:
+        best = _best_offer(cursors, current)
+        if best is None and newest is not None and newest.max_txid > current:
+            best = newest
+        if best is None:
+            break
+        # A full image makes everything before it superfluous.
+        plan = [*(plan if best.min_txid != 1 else ()), best]
+        current = best.max_txid
+    beyond = [cursor.next_min for cursor in cursors if cursor.next_min is not None]
+    if not plan and beyond:
+        raise NonContiguous(current, min(beyond))
+    return plan
+
+
 def chain_end(files: Files) -> TXID:
     """Return the newest TXID that can be restored; 0 when nothing is stored. Raises `NonContiguous` when files follow after a gap."""
     return plan_restore(files)[-1].max_txid if any(files.values()) else TXID(0)
+
+
+def _best_offer(cursors: Sequence[_Cursor], current: TXID) -> FileInfo | None:
+    offers = [offer for cursor in cursors if (offer := cursor.offer(current)) is not None]
+    return min(offers, key=lambda info: (-info.max_txid, info.min_txid, -info.level, info.created_at), default=None)
 
 
 class _Cursor:

@@ -35,12 +35,27 @@ from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
 from replicator.storage.probe import probe_conditional_writes
 
-__all__ = ["Replica", "new_lineage"]
+__all__ = ["Replica", "new_lineage", "read_lineage"]
 
 LINEAGE = "pyrepl/lineage.json"
 COMPARE_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
+
+
+def read_lineage(client: ReplicaClient) -> bytes | None:
+    """Return the lineage that a replica records, or None. Raises `StorageError`."""
+    try:
+        stored = client.get_control(LINEAGE)
+    except ObjectNotFound:
+        return None
+    try:
+        lineage = bytes.fromhex(json.loads(stored.data)["lineage"])
+    except (ValueError, KeyError, TypeError):
+        lineage = b""
+    if len(lineage) != 16:
+        raise StorageError(f"unreadable lineage file: {client.url}/{LINEAGE}", hint="restore the object, or replicate to a new path")
+    return lineage
 
 
 def new_lineage() -> bytes:
@@ -101,17 +116,7 @@ class Replica:
                 have, following = (error.have, error.next_txid) if isinstance(error, NonContiguous) else (0, newest)
                 raise ReplicaBroken(self.url, have, following) from error
             self.txid, self.needs_image = newest, True
-        try:
-            stored = self.client.get_control(LINEAGE)
-        except ObjectNotFound:
-            return None
-        try:
-            lineage = bytes.fromhex(json.loads(stored.data)["lineage"])
-        except (ValueError, KeyError, TypeError):
-            lineage = b""
-        if len(lineage) != 16:
-            raise StorageError(f"unreadable lineage file: {self.url}/{LINEAGE}", hint="restore the object, or replicate to a new path")
-        return lineage
+        return read_lineage(self.client)
 
     def join(self, lineage: bytes, recorded: bytes | None, *, known_txid: int) -> None:
         """Bind the replica to a lineage, writing it where none is recorded.

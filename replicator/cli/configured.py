@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from replicator.errors import ConfigError, NoBackups, ReplicatorError, StorageError
+from replicator.errors import ConfigError
 
 if TYPE_CHECKING:
     from replicator.config import Config, DatabaseSettings
@@ -22,7 +21,6 @@ __all__ = [
     "Source",
     "configured_database",
     "find_source",
-    "first_answer",
     "load_config",
     "log_warnings",
 ]
@@ -32,8 +30,6 @@ CONFIG_OPTIONS = ("config",)
 CONFIG_FLAGS = "[-config PATH] [-no-expand-env] [-lenient]"
 
 log = logging.getLogger("replicator.cli")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +100,6 @@ def configured_database(flags: dict[str, str], argument: str) -> DatabaseSetting
     if settings is None:
         raise ConfigError(f"database not found in config: {path}", hint="`pyrepl databases` lists them; a replica is named by its URL")
     return settings
-
-
-def first_answer(clients: Sequence[ReplicaClient], ask: Callable[[ReplicaClient], T]) -> T:
-    """Ask the replicas in turn; one that cannot be reached or has nothing is logged and passed over.
-
-    Raises:
-        StorageError: nobody answered, and at least one could not be asked: it may have what others have not.
-        NoBackups: nobody has anything.
-    """
-    failure: ReplicatorError | None = None
-    for number, client in enumerate(clients, 1):
-        try:
-            return ask(client)
-        except (NoBackups, StorageError) as error:
-            if failure is None or (isinstance(failure, NoBackups) and isinstance(error, StorageError)):
-                failure = error
-            if number < len(clients):
-                log.warning("replica passed over, trying the next one replica=%s error=%r", client.url, str(error))
-    assert failure is not None
-    raise failure
 
 
 def _absolute(text: str) -> Path:

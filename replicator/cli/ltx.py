@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, find_source, first_answer
+from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, find_source
 from replicator.cli.output import log_to, table, time_text
 from replicator.cli.parse import Command, UsageError
 
@@ -26,6 +26,8 @@ def ltx(flags: dict[str, str], arguments: list[str]) -> int:
     log_to(sys.stderr, "warn")
     levels = range(10) if level == "all" else [int(level)]
     clients = find_source(flags, arguments[0]).clients
+    from replicator.restorer import first_answer
+
     files: list[FileInfo] = first_answer(clients, lambda client: [info for number in levels for info in client.list(number)])
     if flags.get("json") == "true":
         document = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import select
 import signal
 import sqlite3
 import sys
@@ -15,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, first_answer, load_config, log_warnings
+from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, load_config, log_warnings
 from replicator.cli.output import EXIT_FAILED, log_to
 from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.errors import ConfigError, DatabaseStateError, LeaseError, NoBackups, ReplicaStateError, ReplicatorError
@@ -144,7 +146,7 @@ class _Member:
         from replicator.api import restore
 
         try:
-            result = first_answer(self._clients, lambda client: restore(client, self.path))
+            result = restore(self._clients, self.path)
             log.info("restored db path=%s txid=%016x", self.path, result.txid)
         except NoBackups:
             log.info("nothing to restore path=%s", self.path)
@@ -181,12 +183,28 @@ class _Member:
         return self.engine.status().state == "failed" if self.started else self.retry_at == math.inf
 
 
+class _Stop:
+    """SIGINT and SIGTERM. Through a pipe: a handler that sets an event deadlocks when it interrupts that event's own wait."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._writer, b"x")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; True once a signal has come."""
+        return bool(select.select([self._reader], [], [], seconds)[0])
+
+
 def _run(members: Sequence[_Member], flags: dict[str, str], *, retry: bool) -> None:
     timeout_s = duration_flag(flags, "timeout", 30.0) or 0.0
-    stopped = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
+    stopped = _Stop()
     with ThreadPoolExecutor(min(AT_ONCE, len(members)), "pyrepl start and stop") as pool:
         try:
             list(pool.map(_Member.start, members))

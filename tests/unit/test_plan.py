@@ -8,7 +8,7 @@ import pytest
 
 from replicator.errors import NonContiguous, TXIDNotAvailable
 from replicator.format.ltx import TXID, FileInfo
-from replicator.plan import chain_end, plan_restore
+from replicator.plan import chain_end, plan_follow, plan_restore
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -83,3 +83,35 @@ def test_chain_end() -> None:
     assert chain_end(files(*L0)) == 6
     with pytest.raises(NonContiguous):
         chain_end(files((0, 2, 2)))
+
+
+def onward(listing: dict[int, list[FileInfo]], current: int, image_of: int | None = None) -> list[tuple[int, int, int]]:
+    found = plan_follow(listing, TXID(current), image_of=None if image_of is None else TXID(image_of))
+    return [(info.level, info.min_txid, info.max_txid) for info in found]
+
+
+def test_a_copy_goes_on_from_its_own_txid() -> None:
+    assert onward(files((9, 1, 5), *L0), 3) == [(0, 4, 4), (0, 5, 5), (0, 6, 6)]
+    assert onward(files(*L0), 6) == onward(files((9, 1, 6), *L0), 6) == []
+
+
+def test_a_file_that_begins_before_the_copys_txid_and_ends_after_it_continues_it() -> None:
+    assert onward(files((1, 2, 5), (0, 6, 6)), 3) == [(1, 2, 5), (0, 6, 6)]
+
+
+def test_a_full_image_is_taken_only_when_nothing_else_leads_on_and_replaces_what_was_planned() -> None:
+    assert onward(files((9, 1, 5), (1, 4, 6)), 3) == [(1, 4, 6)]
+    assert onward(files((9, 1, 5), (0, 6, 6)), 3) == [(9, 1, 5), (0, 6, 6)]
+    assert onward(files((0, 4, 4), (9, 1, 6), (0, 7, 7)), 3) == [(9, 1, 6), (0, 7, 7)]
+
+
+def test_a_gap_after_the_copy_is_an_error_only_when_nothing_can_be_applied() -> None:
+    assert onward(files((0, 4, 4), (0, 6, 6)), 3) == [(0, 4, 4)]
+    with pytest.raises(NonContiguous, match="have up to 0000000000000004 but next file starts at 0000000000000006"):
+        onward(files((0, 4, 4), (0, 6, 6)), 4)
+
+
+def test_an_image_can_be_demanded() -> None:
+    assert onward(files((9, 1, 5), *L0), 3, image_of=4) == [(9, 1, 5), (0, 6, 6)]
+    with pytest.raises(NonContiguous):
+        onward(files((9, 1, 3), *L0), 3, image_of=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import replicator
 from replicator import chain
 from replicator.errors import (
     CorruptReplica,
@@ -270,3 +273,68 @@ def test_mode_is_kept_with_force_and_private_otherwise(tmp_path: Path) -> None:
     output.chmod(0o640)
     restore_database(client, output, force=True)
     assert output.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_owner_is_kept_with_force(tmp_path: Path) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    output = tmp_path / "out.db"
+    restore_database(client, output)
+    os.chown(output, 1234, 2345)
+    restore_database(client, output, force=True)
+    assert (output.stat().st_uid, output.stat().st_gid) == (1234, 2345)
+
+
+def test_what_a_killed_restore_left_is_swept_and_a_live_one_is_not_touched(tmp_path: Path) -> None:
+    dead, suffix, live = (tmp_path / name for name in (".out.db.aa.restore", ".out.db.aa.restore-wal", ".out.db.bb.restore"))
+    for path in (dead, suffix, live):
+        path.write_bytes(b"half")
+    client = MemoryClient()
+    chain_of_three(client)
+    with live.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        restore_database(client, tmp_path / "out.db")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, "out.db"]
+
+
+class Down(MemoryClient):
+    def list(self, level, **options):
+        raise StorageUnavailable("connection refused")
+
+
+def damaged() -> MemoryClient:
+    client = MemoryClient()
+    chain_of_three(client)
+    data = bytearray(read(client, 2))
+    data[len(data) // 2] ^= 0x10
+    replace(client, 2, bytes(data))
+    return client
+
+
+@pytest.mark.parametrize("bad", [Down(), MemoryClient(), damaged()], ids=["unreachable", "empty", "damaged"])
+def test_the_next_replica_is_tried_and_the_bad_one_named(tmp_path: Path, bad: MemoryClient, caplog: pytest.LogCaptureFixture) -> None:
+    good = MemoryClient()
+    chain_of_three(good)
+    bad.url, good.url = "memory://bad", "memory://good"
+    result = replicator.restore([bad, good], tmp_path / "out.db")
+    assert (result.txid, result.url) == (3, "memory://good")
+    [record] = caplog.records
+    assert "replica passed over, the next one is tried replica=memory://bad error=" in record.getMessage()
+
+
+def test_when_all_replicas_fail_the_first_error_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(StorageUnavailable, match="connection refused"):
+        replicator.restore([Down(), MemoryClient(), damaged()], tmp_path / "out.db")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="no replicas"):
+        replicator.restore([], tmp_path / "out.db")
+
+
+def test_an_existing_output_is_not_the_replicas_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    (tmp_path / "out.db").write_text("mine")
+    with pytest.raises(OutputExists):
+        replicator.restore([client, client], tmp_path / "out.db")
+    assert caplog.records == []
