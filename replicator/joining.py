@@ -23,7 +23,7 @@ from pathlib import Path
 
 from replicator.atomic import write_file
 from replicator.chain import read_chain
-from replicator.errors import Diverged, FormatError, LineageMismatch, StorageUnavailable
+from replicator.errors import AccessDenied, Diverged, FormatError, LineageMismatch, StorageUnavailable
 from replicator.format.checksum import page_checksum
 from replicator.format.ltx import TXID, Decoder, FileInfo, Header, decode_header
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging
@@ -82,7 +82,7 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
     """
     table = PageTable.open(folder / "pages")
     try:
-        recorded = _open_all(replicas, table, allow_gap=force_snapshot)
+        recorded = _open_all(replicas, table, known, allow_gap=force_snapshot)
         online = [replica for replica in replicas if replica.online]
         fresh = all(replica.txid == 0 for replica in replicas) and (force_snapshot or not any(item.url in known for item in replicas))
         if fresh and table is not None:
@@ -129,7 +129,7 @@ def join_later(replica: Replica, *, lineage: bytes, known: Known, newest: TXID, 
     known.note([replica])
 
 
-def _open_all(replicas: Sequence[Replica], table: PageTable | None, *, allow_gap: bool) -> dict[str, bytes | None]:
+def _open_all(replicas: Sequence[Replica], table: PageTable | None, known: Known, *, allow_gap: bool) -> dict[str, bytes | None]:
     """Open the replicas; returns the lineage that each of them records. Those that do not answer stay offline, if that can be afforded."""
     recorded: dict[str, bytes | None] = {}
     failed: StorageUnavailable | None = None
@@ -137,6 +137,13 @@ def _open_all(replicas: Sequence[Replica], table: PageTable | None, *, allow_gap
         try:
             recorded[replica.url] = replica.open(allow_gap=allow_gap)
             replica.online = True
+        except AccessDenied as error:
+            # A key that may only write: what this machine knows has to do. Creating never overwrites, should it be wrong.
+            if table is None or not table.is_intact or not known.get(replica.url):
+                raise
+            log.warning("replica cannot be listed, its position is taken from the local state replica=%s error=%r", replica.url, str(error))
+            replica.assume(known.get(replica.url))
+            recorded[replica.url] = table.state.lineage
         except StorageUnavailable as error:
             replica.online = False
             replica.error = str(error)
@@ -162,7 +169,7 @@ def _check_agreement(replica: Replica, head: Replica, recorded: bytes | None) ->
 
     Where the other has none of that TXID any more, one whose lineage is recorded gets a full image before it goes on; others are refused.
     """
-    if replica is head or not replica.txid:
+    if replica is head or not replica.txid or not (replica.listed and head.listed):
         return
     same = replica.shares_newest_file_with(head)
     if same is False or (same is None and recorded is None):

@@ -82,6 +82,7 @@ class Replica:
         self.writer = writer
         self.conditional = True
         self.online = False
+        self.listed = False
         self.needs_image = False
         """True when nothing can be appended before a full image of the newest state was stored."""
         self.last_stored_at: datetime | None = None
@@ -157,6 +158,11 @@ class Replica:
         found = list_files(self.client)
         with self._guard:
             self._files = found
+        self.listed = True
+
+    def assume(self, txid: TXID) -> None:
+        """Take a position on trust, of a store that may be written and not listed."""
+        self.txid, self.online, self.listed = txid, True, False
 
     def record(self, info: FileInfo) -> None:
         """Take note of a file that is stored now."""

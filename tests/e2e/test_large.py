@@ -108,7 +108,7 @@ def test_a_full_image_in_a_bucket_is_exact_under_load(tmp_path: Path, seaweed) -
 @pytest.mark.slow
 def test_a_large_full_image_in_a_bucket_is_exact_under_load(tmp_path: Path, seaweed) -> None:
     """The scenario in which the released 0.5.17 writes corrupt snapshots (docs/design.md)."""
-    race(tmp_path, seaweed.url("large"), 500, 3)
+    race(tmp_path, seaweed.url("large"), 500, 10)
 
 
 def test_the_s3_client_is_the_real_one(seaweed) -> None:

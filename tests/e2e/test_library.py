@@ -11,6 +11,7 @@ import pytest
 
 from replicator import Replicator
 from replicator.errors import (
+    AccessDenied,
     ConfigError,
     DatabaseNotFound,
     DatabaseStateError,
@@ -357,4 +358,45 @@ def test_a_gap_stops_us_and_force_snapshot_heals_it(tmp_path: Path) -> None:
     assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
     with Replicator(database, url) as engine:
         assert engine.wait(timeout_s=TIMEOUT_S) == 8
+    application.close()
+
+
+def test_a_key_that_may_only_write_is_enough_after_the_first_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class WriteOnly(MemoryClient):
+        denied = False
+
+        def list(self, level, **options):
+            if self.denied:
+                raise AccessDenied("bucket")
+            return super().list(level, **options)
+
+        def open(self, info, **options):
+            if self.denied:
+                raise AccessDenied("bucket")
+            return super().open(info, **options)
+
+        def get_control(self, name):
+            if self.denied:
+                raise AccessDenied("bucket")
+            return super().get_control(name)
+
+    database, client = tmp_path / "a.db", WriteOnly()
+    application = connect(database)
+    client.denied = True
+    with pytest.raises(AccessDenied):
+        Replicator(database, client).start()
+    client.denied = False
+    with Replicator(database, client) as engine:
+        insert(application, 5)
+        engine.wait(timeout_s=TIMEOUT_S)
+    client.denied = True
+    for _ in range(3):
+        with Replicator(database, client) as engine:
+            insert(application, 5)
+            engine.wait(timeout_s=TIMEOUT_S)
+    assert "cannot be listed" in caplog.text
+    client.denied = False
+    assert [info.max_txid for info in client.list(0)] == [1, 2, 3, 4]
+    restore_database(client, tmp_path / "r.db")
+    assert (tmp_path / "r.db").read_bytes() == checkpointed_bytes(database, tmp_path)
     application.close()
