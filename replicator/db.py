@@ -67,7 +67,8 @@ class Checkpoint:
         position: the new position, also when the attempt failed.
         locked_s: how long writers had to wait.
         pinned: the pin began anew where `position` is; call `attached` once `position` and `tail` are taken over.
-        lost: why frames may have been copied that nobody read; empty when none were.
+        lost: why frames were copied, or will be, that cannot be read; empty when there are none.
+        image: then, if all of them were copied, the state of the database file, which has everything.
     """
 
     complete: bool
@@ -78,6 +79,7 @@ class Checkpoint:
     locked_s: float
     pinned: bool = False
     lost: str = ""
+    image: Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,7 @@ class Database:
         self._slot0 = False  # the pin may sit in slot 0
         self._restart_allowed = False  # the WAL may be restarted (once) under the pin
         self._pin_offset = 0  # where the pin began, at the latest
-        self._doubtful: WALPosition | None = None
-        self._checked_end: WALPosition | None = None
+        self._doubtful = False
         self._identity = (0, 0)
         self._wal_identity: tuple[int, int] | None = None
 
@@ -163,7 +164,7 @@ class Database:
                 connection.close()
         self._connections = []
         self._pinned = self._attached = self._restart_allowed = False
-        self._doubtful = self._checked_end = self._wal_identity = None
+        self._doubtful, self._wal_identity = False, None
 
     @property
     def is_attached(self) -> bool:
@@ -171,10 +172,19 @@ class Database:
         return self._attached
 
     @property
-    def is_end_checked(self) -> bool:
-        """False after a scan that ended at a frame of this very WAL whose checksum is wrong: a remnant of a rolled-back transaction, or
-        damage. A checkpoint tells which."""
-        return self._doubtful is None
+    def is_end_doubtful(self) -> bool:
+        """True when the last scan ended at a frame of this very WAL whose checksum is wrong: what an open transaction is writing, a remnant of
+        one that was rolled back, or damage."""
+        return self._doubtful
+
+    def frames_in_index(self) -> int:
+        """Return how many committed frames SQLite knows in the WAL; -1 while somebody else is checkpointing.
+
+        Asked by a PASSIVE checkpoint: it waits for nobody, and copies nothing past the pin. Every frame that it counts is in the file already,
+        so that a scan that begins later finds them all, unless they are damaged.
+        """
+        _, total, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return int(total)
 
     def refresh(self) -> None:
         """Read the page size anew, from the pinned state."""
@@ -315,8 +325,7 @@ class Database:
         found = wal.changes(position, page_size=self.page_size, big_endian=header.big_endian, limit=limit)
         if found is not None:
             self._progress(found)
-        end = found.end if found is not None else position
-        self._doubtful = end if wal.ended_at_wrong_checksum and end != self._checked_end else None
+        self._doubtful = wal.ended_at_wrong_checksum
         return found
 
     def image(self) -> Image:
@@ -344,6 +353,18 @@ class Database:
                 if self._header() == header:
                     return image
         raise DatabaseStateError(f"the WAL of {self.path} keeps changing under a held read transaction; are SQLite's locks intact?")
+
+    def _image_of_file(self, position: WALPosition, frames: int) -> Image:
+        """Return the state of the file when all `frames` of the WAL are in it, although some of them cannot be read. The write lock is held.
+
+        What follows in the WAL continues the checksum that stands in its last frame.
+        """
+        offset = WAL_HEADER_SIZE + frames * frame_size(self.page_size)
+        with self.wal() as wal:
+            last = wal.frame_header(offset - frame_size(self.page_size)) if wal else None
+        checksum = (last.checksum1, last.checksum2) if last else (0, 0)
+        commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
+        return Image(WALPosition(position.salts, offset, checksum), self.page_size, commit, {})
 
     def overlay(self, position: WALPosition) -> dict[int, int]:
         """Return the byte offsets of the newest images in the current WAL up to `position`."""
@@ -456,9 +477,9 @@ class Database:
             frames = (position.offset - WAL_HEADER_SIZE) // frame_size(self.page_size)
             # Fewer are possible: somebody has restarted the WAL in the shared index, and no writer has written its header yet.
             if total > frames:
-                reason = f"SQLite counts {total} frames in the WAL, of which {frames} could be read"
-                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason)
-            self._checked_end, self._doubtful = (position if total >= 0 else None), None
+                reason = f"SQLite counts {total} frames in the WAL, of which {frames} can be read"
+                image = self._image_of_file(position, total) if busy == 0 and total == copied else None
+                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason, image=image)
             complete = busy == 0 and total == copied
             return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
         finally:

@@ -32,6 +32,7 @@ from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunnin
 from replicator.format.checksum import page_checksum
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Header
 from replicator.format.sqlite import lock_pgno
+from replicator.format.wal import WAL_HEADER_SIZE, frame_size
 from replicator.joining import Known, join, join_later
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging, encode
 from replicator.pagetable import PageTable, TableState
@@ -111,6 +112,7 @@ class Engine:
         self._commit = 0
         self._timestamp_ms = 0
         self._resync_reason: str | None = None
+        self._whole: Image | None = None  # the file itself, where the WAL cannot be read
         self._tails: list[Changes] = []
         self._snapshots: list[Snapshot] = []
         self._frames_since: float | None = None
@@ -254,6 +256,18 @@ class Engine:
 
     def _read(self, position: WALPosition, wal: WALFile) -> Entry | Resynchronise | None:
         changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
+        if changes is None and self._database.is_end_doubtful:
+            known = self._database.frames_in_index()
+            if known < 0:
+                raise DatabaseStateError(f"cannot tell yet where the WAL ends, because somebody else is checkpointing: {self.path}")
+            changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
+            readable = (position.offset - WAL_HEADER_SIZE) // frame_size(self._database.page_size)
+            if changes is None and known > readable:
+                self._position = position
+                self._take(self._database.checkpoint(position, self._preserve, copy_first=False))
+                if self._resync_reason is None:
+                    raise DatabaseStateError(f"the WAL is damaged after frame {readable}, and cannot be copied yet: {self.path}")
+                return Resynchronise(self._resync_reason)
         self.at_end = changes is None or not changes.more
         if not self._database.is_attached:
             # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
@@ -264,22 +278,9 @@ class Engine:
                 self._database.attached(position if changes is None else changes.end)
         if changes is None:
             self._position = position
-            self._check_end()
             return None
         self._preserve(changes)
         return self._encode(changes, wal)
-
-    def _check_end(self) -> None:
-        """Find out whether frames follow that SQLite knows and that cannot be read. Nothing may be acknowledged before that is clear.
-
-        Raises:
-            DatabaseStateError: somebody else is writing or checkpointing; ask again.
-        """
-        if self._database.is_end_checked:
-            return
-        self.checkpoint()
-        if self._resync_reason is None and not self._tails and not self._database.is_end_checked:
-            raise DatabaseStateError(f"cannot tell yet where the WAL ends, because others are busy: {self.path}")
 
     def _preserve(self, changes: Changes) -> None:
         for snapshot in self._snapshots:
@@ -412,6 +413,7 @@ class Engine:
         self._database.close()
         self._database.open()
         self._tails.clear()
+        self._whole = None
         self._resync_reason = "the database file or its WAL was replaced"
 
     def _resynchronise(self, reason: str) -> Entry | None:
@@ -421,9 +423,11 @@ class Engine:
         for snapshot in self._snapshots:
             snapshot.cancel(reason)
         self._tails.clear()
-        self._database.pin()
-        self._database.refresh()
-        image = self._database.image()
+        image, self._whole = self._whole, None
+        if image is None:
+            self._database.pin()
+            self._database.refresh()
+            image = self._database.image()
         self._database.attached(image.position)
         state = self._table.state
         self.txid, self._xor = state.txid, state.xor
@@ -528,8 +532,9 @@ class Engine:
 
     def _take(self, result: Checkpoint) -> None:
         if result.lost:
-            log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
-            self._resync_reason = result.lost
+            if result.image is not None:
+                log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
+                self._resync_reason, self._whole = result.lost, result.image
             return
         if result.pinned:
             self._database.attached(result.position)
