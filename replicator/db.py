@@ -112,8 +112,8 @@ class Database:
         self._slot0 = False  # the pin may sit in slot 0
         self._restart_allowed = False  # the WAL may be restarted (once) under the pin
         self._pin_offset = 0  # where the pin began, at the latest
-        self._doubtful: WALPosition | None = None
-        self._checked_end: WALPosition | None = None
+        self._doubtful: tuple[WALPosition, FrameHeader] | None = None  # where a scan ended, and the wrong frame that stands there
+        self._checked_end: tuple[WALPosition, FrameHeader] | None = None
         self._identity = (0, 0)
         self._wal_identity: tuple[int, int] | None = None
 
@@ -315,9 +315,12 @@ class Database:
         found = wal.changes(position, page_size=self.page_size, big_endian=header.big_endian, limit=limit)
         if found is not None:
             self._progress(found)
-        end = found.end if found is not None else position
-        self._doubtful = end if wal.ended_at_wrong_checksum and end != self._checked_end else None
+        self._note_end(found.end if found is not None else position, wal)
         return found
+
+    def _note_end(self, end: WALPosition, wal: WALFile) -> None:
+        seen = (end, wal.wrong_frame) if wal.wrong_frame is not None else None
+        self._doubtful = seen if seen != self._checked_end else None
 
     def image(self) -> Image:
         """Return the state at the end of the WAL. Valid while the pin is held and until the next checkpoint of ours.
@@ -331,6 +334,7 @@ class Database:
                 if wal is None or header is None:
                     commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
                     if self._header() == header:
+                        self._doubtful = None
                         return Image(NO_WAL, self.page_size, commit, {})
                     continue
                 start = start_of(header)
@@ -342,6 +346,7 @@ class Database:
                     overlay = dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True))
                     image = Image(found.end, self.page_size, found.commit, overlay)
                 if self._header() == header:
+                    self._note_end(image.position, wal)
                     return image
         raise DatabaseStateError(f"the WAL of {self.path} keeps changing under a held read transaction; are SQLite's locks intact?")
 
@@ -403,6 +408,18 @@ class Database:
 
     # -- checkpoint --------------------------------------------------------------------------------------------------------------
 
+    def restart_damaged_wal(self) -> None:
+        """Copy all frames and empty the WAL: only SQLite knows them all. What was synced before proves nothing any more.
+
+        Raises:
+            DatabaseStateError: others are reading or writing; call again.
+        """
+        self._unpin()
+        self._checkpointer.execute(f"PRAGMA busy_timeout={int(LOCK_BUDGET_S * 1000)}")  # writers wait while it waits for readers
+        busy, _, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise DatabaseStateError(f"the WAL is damaged, and cannot be emptied while others read or write: {self.path}")
+
     def settle(self, position: WALPosition, before_move: Callable[[Changes], None]) -> Checkpoint:
         """Move a pin that may sit in slot 0 to a slot > 0, so that others may copy again. Does nothing when that is not needed."""
         if not self._slot0 or self._restart_allowed:
@@ -458,7 +475,8 @@ class Database:
             if total > frames:
                 reason = f"SQLite counts {total} frames in the WAL, of which {frames} could be read"
                 return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason)
-            self._checked_end, self._doubtful = (position if total >= 0 else None), None
+            if total >= 0 and self._doubtful is not None:  # not where another one checkpoints: it says nothing then
+                self._checked_end, self._doubtful = self._doubtful, None
             complete = busy == 0 and total == copied
             return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
         finally:

@@ -111,6 +111,7 @@ class Engine:
         self._commit = 0
         self._timestamp_ms = 0
         self._resync_reason: str | None = None
+        self._damaged = False  # the WAL has frames that cannot be read
         self._tails: list[Changes] = []
         self._snapshots: list[Snapshot] = []
         self._frames_since: float | None = None
@@ -249,20 +250,24 @@ class Engine:
 
     def _read(self, position: WALPosition, wal: WALFile) -> Entry | Resynchronise | None:
         changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
-        self.at_end = changes is None or not changes.more
-        if not self._database.is_attached:
-            # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
-            # database file by now were not seen. If it happens later, everything before it has been read.
-            if not self._database.salts_are(position.salts):
-                return Resynchronise("the WAL was restarted while it was read for the first time")
-            if self.at_end:
-                self._database.attached(position if changes is None else changes.end)
+        first = not self._database.is_attached
+        # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
+        # database file by now were not seen. If it happens later, everything before it has been read.
+        if first and not self._database.salts_are(position.salts):
+            return Resynchronise("the WAL was restarted while it was read for the first time")
         if changes is None:
+            self.at_end = True
+            if first:
+                self._database.attached(position)
             self._position = position
             self._check_end()
             return None
+        self.at_end = not changes.more and self._database.is_end_checked
         self._preserve(changes)
-        return self._encode(changes, wal)
+        entry = self._encode(changes, wal)
+        if first and not changes.more:  # not before: what could not be encoded is read again, from the old position
+            self._database.attached(changes.end)
+        return entry
 
     def _check_end(self) -> None:
         """Find out whether frames follow that SQLite knows and that cannot be read. Nothing may be acknowledged before that is clear.
@@ -273,7 +278,9 @@ class Engine:
         if self._database.is_end_checked:
             return
         self.checkpoint()
-        if self._resync_reason is None and not self._tails and not self._database.is_end_checked:
+        if self._resync_reason is not None or self._tails:
+            self.at_end = False
+        elif not self._database.is_end_checked:
             raise DatabaseStateError(f"cannot tell yet where the WAL ends, because others are busy: {self.path}")
 
     def _preserve(self, changes: Changes) -> None:
@@ -411,10 +418,7 @@ class Engine:
         for snapshot in self._snapshots:
             snapshot.cancel(reason)
         self._tails.clear()
-        self._database.pin()
-        self._database.refresh()
-        image = self._database.image()
-        self._database.attached(image.position)
+        image = self._image()
         state = self._table.state
         self.txid, self._xor = state.txid, state.xor
         self._frames_since = time.monotonic() if image.overlay else None
@@ -433,6 +437,26 @@ class Engine:
         if entry is None:
             self._table.move(image.position)
         return entry
+
+    def _image(self) -> Image:
+        """Pin the newest state and return it.
+
+        Raises:
+            DatabaseStateError: what is behind the end of the WAL cannot be told now, or not be copied.
+        """
+        for _ in range(4):
+            if self._damaged:
+                self._database.restart_damaged_wal()
+                self._damaged = False
+            self._database.pin()
+            self._database.refresh()
+            image = self._database.image()
+            self._database.attached(image.position)
+            if self._database.is_end_checked:
+                return image
+            found = self._database.checkpoint(image.position, lambda changes: None, copy_first=False)
+            self._damaged = bool(found.lost)
+        raise DatabaseStateError(f"cannot tell yet where the WAL ends, because others are busy: {self.path}")
 
     def _difference(self, image: Image, state: TableState) -> Entry | None:
         assert self._staging is not None
@@ -520,6 +544,7 @@ class Engine:
         if result.lost:
             log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
             self._resync_reason = result.lost
+            self._damaged = True
             return
         if result.pinned:
             self._database.attached(result.position)

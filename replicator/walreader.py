@@ -85,8 +85,8 @@ class WALFile:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._file)
         self.identity = status.st_dev, status.st_ino
-        self.ended_at_wrong_checksum = False
-        """Whether `changes` stopped at a frame that carries the WAL's salts, but not the right checksum."""
+        self.wrong_frame: FrameHeader | None = None
+        """The frame at which `changes` stopped, when it carries the WAL's salts, but not the right checksum."""
 
     def __enter__(self) -> WALFile:
         return self
@@ -170,9 +170,8 @@ class WALFile:
                 break
             want = max(NEXT_READ // size, 1) * size
         following = self.frame_header(offset) if not more and (stop_at is None or offset < stop_at) else None
-        self.ended_at_wrong_checksum = (
-            following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
-        )
+        wrong = following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
+        self.wrong_frame = following if wrong else None
         if not committed:
             return None
         pgnos, commits, checksums = (np.concatenate([part[i] for part in parts])[:committed] for i in range(3))
