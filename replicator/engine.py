@@ -395,8 +395,11 @@ class Engine:
 
     def forget(self, entry: Entry) -> None:
         """Remove the staged files of an entry that every replica holds."""
-        if self._staging is not None:
-            self._staging.remove(entry)
+        if self._staging is None or not any(isinstance(file.body, Path) for file in entry.files):
+            return
+        if self._known is not None:
+            self._known.note(self.replicas)  # the staged file was the proof that the stored one is ours
+        self._staging.remove(entry)
 
     # -- resynchronising ---------------------------------------------------------------------------------------------------------
 
