@@ -193,9 +193,8 @@ class Engine:
 
     def close(self) -> None:
         """Release everything; the WAL and the staged files stay. Closing twice does nothing."""
+        self.abandon_snapshots("the engine was closed")
         with self.lock:
-            for snapshot in self._snapshots:
-                snapshot.cancel("the engine was closed")
             self._database.close()
             if self._table is not None:
                 self._table.close()
@@ -205,6 +204,12 @@ class Engine:
             if self._lock_file >= 0:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked child may share it
                 self._forget_lock()
+
+    def abandon_snapshots(self, reason: str) -> None:
+        """Let all `snapshot` calls that are under way fail soon. May be called from any thread."""
+        with self.lock:
+            for snapshot in self._snapshots:
+                snapshot.cancel(reason)
 
     def _forget_lock(self) -> None:
         if self._lock_file >= 0:
