@@ -236,6 +236,7 @@ class Replicator:
             with board.changed:
                 board.stop = True
                 board.changed.notify_all()
+            self._engine.abandon_snapshots("replication stops")
             end = time.monotonic() + max(timeout_s, 1.0)
             for thread in self._threads:
                 # A request that hangs ends when its client is closed below; nothing is lost with it.

@@ -68,7 +68,6 @@ class Checkpoint:
         locked_s: how long writers had to wait.
         pinned: the pin began anew where `position` is; call `attached` once `position` and `tail` are taken over.
         lost: why frames were copied, or will be, that cannot be read; empty when there are none.
-        image: then, if all of them were copied, the state of the database file, which has everything.
     """
 
     complete: bool
@@ -79,7 +78,6 @@ class Checkpoint:
     locked_s: float
     pinned: bool = False
     lost: str = ""
-    image: Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +323,7 @@ class Database:
         found = wal.changes(position, page_size=self.page_size, big_endian=header.big_endian, limit=limit)
         if found is not None:
             self._progress(found)
-        self._doubtful = wal.ended_at_wrong_checksum
+        self._doubtful = wal.wrong_frame
         return found
 
     def image(self) -> Image:
@@ -340,6 +338,7 @@ class Database:
                 if wal is None or header is None:
                     commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
                     if self._header() == header:
+                        self._doubtful = False
                         return Image(NO_WAL, self.page_size, commit, {})
                     continue
                 start = start_of(header)
@@ -351,20 +350,9 @@ class Database:
                     overlay = dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True))
                     image = Image(found.end, self.page_size, found.commit, overlay)
                 if self._header() == header:
+                    self._doubtful = wal.wrong_frame
                     return image
         raise DatabaseStateError(f"the WAL of {self.path} keeps changing under a held read transaction; are SQLite's locks intact?")
-
-    def _image_of_file(self, position: WALPosition, frames: int) -> Image:
-        """Return the state of the file when all `frames` of the WAL are in it, although some of them cannot be read. The write lock is held.
-
-        What follows in the WAL continues the checksum that stands in its last frame.
-        """
-        offset = WAL_HEADER_SIZE + frames * frame_size(self.page_size)
-        with self.wal() as wal:
-            last = wal.frame_header(offset - frame_size(self.page_size)) if wal else None
-        checksum = (last.checksum1, last.checksum2) if last else (0, 0)
-        commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
-        return Image(WALPosition(position.salts, offset, checksum), self.page_size, commit, {})
 
     def overlay(self, position: WALPosition) -> dict[int, int]:
         """Return the byte offsets of the newest images in the current WAL up to `position`."""
@@ -424,6 +412,18 @@ class Database:
 
     # -- checkpoint --------------------------------------------------------------------------------------------------------------
 
+    def restart_damaged_wal(self) -> None:
+        """Copy all frames and empty the WAL: only SQLite knows them all. What was synced before proves nothing any more.
+
+        Raises:
+            DatabaseStateError: others are reading or writing; call again.
+        """
+        self._unpin()
+        self._checkpointer.execute(f"PRAGMA busy_timeout={int(LOCK_BUDGET_S * 1000)}")  # writers wait while it waits for readers
+        busy, _, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise DatabaseStateError(f"the WAL is damaged, and cannot be emptied while others read or write: {self.path}")
+
     def settle(self, position: WALPosition, before_move: Callable[[Changes], None]) -> Checkpoint:
         """Move a pin that may sit in slot 0 to a slot > 0, so that others may copy again. Does nothing when that is not needed."""
         if not self._slot0 or self._restart_allowed:
@@ -478,8 +478,7 @@ class Database:
             # Fewer are possible: somebody has restarted the WAL in the shared index, and no writer has written its header yet.
             if total > frames:
                 reason = f"SQLite counts {total} frames in the WAL, of which {frames} can be read"
-                image = self._image_of_file(position, total) if busy == 0 and total == copied else None
-                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason, image=image)
+                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason)
             complete = busy == 0 and total == copied
             return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
         finally:

@@ -112,7 +112,7 @@ class Engine:
         self._commit = 0
         self._timestamp_ms = 0
         self._resync_reason: str | None = None
-        self._whole: Image | None = None  # the file itself, where the WAL cannot be read
+        self._damaged = False  # the WAL has frames that cannot be read
         self._tails: list[Changes] = []
         self._snapshots: list[Snapshot] = []
         self._frames_since: float | None = None
@@ -199,9 +199,8 @@ class Engine:
 
     def close(self) -> None:
         """Release everything; the WAL and the staged files stay. Closing twice does nothing."""
+        self.abandon_snapshots("the engine was closed")
         with self.lock:
-            for snapshot in self._snapshots:
-                snapshot.cancel("the engine was closed")
             self._database.close()
             if self._table is not None:
                 self._table.close()
@@ -211,6 +210,12 @@ class Engine:
             if self._lock_file >= 0:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked child may share it
                 self._forget_lock()
+
+    def abandon_snapshots(self, reason: str) -> None:
+        """Let all `snapshot` calls that are under way fail soon. May be called from any thread."""
+        with self.lock:
+            for snapshot in self._snapshots:
+                snapshot.cancel(reason)
 
     def _forget_lock(self) -> None:
         if self._lock_file >= 0:
@@ -256,31 +261,39 @@ class Engine:
 
     def _read(self, position: WALPosition, wal: WALFile) -> Entry | Resynchronise | None:
         changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
+        first = not self._database.is_attached
+        # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
+        # database file by now were not seen. If it happens later, everything before it has been read.
+        if first and not self._database.salts_are(position.salts):
+            return Resynchronise("the WAL was restarted while it was read for the first time")
         if changes is None and self._database.is_end_doubtful:
-            known = self._database.frames_in_index()
-            if known < 0:
-                raise DatabaseStateError(f"cannot tell yet where the WAL ends, because somebody else is checkpointing: {self.path}")
+            known = self._frames_in_index()
             changes = self._database.changes(position, wal, limit=MAX_SYNC_BYTES)
-            readable = (position.offset - WAL_HEADER_SIZE) // frame_size(self._database.page_size)
-            if changes is None and known > readable:
-                self._position = position
-                self._take(self._database.checkpoint(position, self._preserve, copy_first=False))
-                if self._resync_reason is None:
-                    raise DatabaseStateError(f"the WAL is damaged after frame {readable}, and cannot be copied yet: {self.path}")
-                return Resynchronise(self._resync_reason)
-        self.at_end = changes is None or not changes.more
-        if not self._database.is_attached:
-            # The pin may sit in slot 0, where the WAL can be restarted once. If that has happened since `observe`, frames that are only in the
-            # database file by now were not seen. If it happens later, everything before it has been read.
-            if not self._database.salts_are(position.salts):
-                return Resynchronise("the WAL was restarted while it was read for the first time")
-            if self.at_end:
-                self._database.attached(position if changes is None else changes.end)
+            if changes is None and known > (readable := self._frames_up_to(position)):
+                self._damaged = True
+                return Resynchronise(f"the WAL is damaged: SQLite counts {known} frames in it, of which {readable} can be read")
         if changes is None:
+            self.at_end = True
+            if first:
+                self._database.attached(position)
             self._position = position
             return None
+        self.at_end = not changes.more and not self._database.is_end_doubtful
         self._preserve(changes)
-        return self._encode(changes, wal)
+        entry = self._encode(changes, wal)
+        if first and not changes.more:  # not before: what could not be encoded is read again, from the old position
+            self._database.attached(changes.end)
+        return entry
+
+    def _frames_in_index(self) -> int:
+        """Return how many frames SQLite knows in the WAL. Raises `DatabaseStateError` while that cannot be told."""
+        known = self._database.frames_in_index()
+        if known < 0:
+            raise DatabaseStateError(f"cannot tell yet where the WAL ends, because somebody else is checkpointing: {self.path}")
+        return known
+
+    def _frames_up_to(self, position: WALPosition) -> int:
+        return (position.offset - WAL_HEADER_SIZE) // frame_size(self._database.page_size)
 
     def _preserve(self, changes: Changes) -> None:
         for snapshot in self._snapshots:
@@ -399,8 +412,11 @@ class Engine:
 
     def forget(self, entry: Entry) -> None:
         """Remove the staged files of an entry that every replica holds."""
-        if self._staging is not None:
-            self._staging.remove(entry)
+        if self._staging is None or not any(isinstance(file.body, Path) for file in entry.files):
+            return
+        if self._known is not None:
+            self._known.note(self.replicas)  # the staged file was the proof that the stored one is ours
+        self._staging.remove(entry)
 
     # -- resynchronising ---------------------------------------------------------------------------------------------------------
 
@@ -413,7 +429,6 @@ class Engine:
         self._database.close()
         self._database.open()
         self._tails.clear()
-        self._whole = None
         self._resync_reason = "the database file or its WAL was replaced"
 
     def _resynchronise(self, reason: str) -> Entry | None:
@@ -423,12 +438,7 @@ class Engine:
         for snapshot in self._snapshots:
             snapshot.cancel(reason)
         self._tails.clear()
-        image, self._whole = self._whole, None
-        if image is None:
-            self._database.pin()
-            self._database.refresh()
-            image = self._database.image()
-        self._database.attached(image.position)
+        image = self._image()
         state = self._table.state
         self.txid, self._xor = state.txid, state.xor
         self._frames_since = time.monotonic() if image.overlay else None
@@ -447,6 +457,31 @@ class Engine:
         if entry is None:
             self._table.move(image.position)
         return entry
+
+    def _image(self) -> Image:
+        """Pin the newest state and return it.
+
+        Raises:
+            DatabaseStateError: what is behind the end of the WAL cannot be told now, or not be copied.
+        """
+        for _ in range(4):
+            if self._damaged:
+                self._database.restart_damaged_wal()
+                self._damaged = False
+            self._database.pin()
+            self._database.refresh()
+            image = self._database.image()
+            self._database.attached(image.position)
+            if not self._database.is_end_doubtful:
+                return image
+            known = self._frames_in_index()
+            again = self._database.image()
+            if known <= self._frames_up_to(again.position):
+                self._database.attached(again.position)
+                return again
+            log.error("the WAL is damaged; it is copied and emptied, and pages are compared db=%s frames=%d", self.path, known)
+            self._damaged = True
+        raise DatabaseStateError(f"cannot tell yet where the WAL ends, because others are busy: {self.path}")
 
     def _difference(self, image: Image, state: TableState) -> Entry | None:
         assert self._staging is not None
@@ -532,9 +567,9 @@ class Engine:
 
     def _take(self, result: Checkpoint) -> None:
         if result.lost:
-            if result.image is not None:
-                log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
-                self._resync_reason, self._whole = result.lost, result.image
+            log.error("the WAL is damaged; the pages that differ are uploaded db=%s reason=%r", self.path, result.lost)
+            self._resync_reason = result.lost
+            self._damaged = True
             return
         if result.pinned:
             self._database.attached(result.position)

@@ -9,6 +9,9 @@ What each of them says is weighed like this:
   out: they are not given out again, and the replicas are filled with a full image.
 * Replicas must **agree** where they overlap: the newest raw file of the shorter one must be the other's. Different files are two histories.
 * A replica that does not answer is left out until it does, if the table says how far it can have come.
+* The table is **of the replica's history** when this machine has seen the replica hold the TXID in question, or when the stored file of
+  that TXID is the one that the table, or the staging folder, knows. Otherwise another writer may have given out the same TXID, and neither
+  the table's pages nor the staged files may be added to what is stored there.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from replicator.chain import read_chain
 from replicator.errors import AccessDenied, Diverged, FormatError, LineageMismatch, StorageUnavailable
 from replicator.format.checksum import page_checksum
 from replicator.format.ltx import TXID, Decoder, FileInfo, Header, decode_header
+from replicator.format.sqlite import lock_pgno
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging
 from replicator.pagetable import PageTable
 from replicator.replica import Replica, new_lineage
@@ -39,10 +43,14 @@ log = logging.getLogger(__name__)
 
 
 class Known:
-    """How far each replica has come, as far as this machine has seen: `replicas.json`, TXIDs by URL. Never goes back by itself."""
+    """How far each replica has come, as far as this machine has seen: `replicas.json`, TXIDs by URL. Never goes back by itself.
+
+    May be used from several threads.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = threading.Lock()
         try:
             self._txids = {str(url): int(txid) for url, txid in json.loads(path.read_bytes()).items()}
         except (FileNotFoundError, ValueError, AttributeError, TypeError):
@@ -56,12 +64,13 @@ class Known:
 
     def note(self, replicas: Sequence[Replica], *, reset: bool = False) -> None:
         """Write down how far the replicas are; `reset`: also where that is less than before."""
-        seen = {
-            item.url: int(item.txid) if reset else max(int(item.txid), self._txids.get(item.url, 0)) for item in replicas if item.online
-        }
-        if {**self._txids, **seen} != self._txids:
-            self._txids.update(seen)
-            write_file(self._path, json.dumps(self._txids, indent=1).encode() + b"\n")
+        with self._lock:
+            seen = {
+                item.url: int(item.txid) if reset else max(int(item.txid), self._txids.get(item.url, 0)) for item in replicas if item.online
+            }
+            if {**self._txids, **seen} != self._txids:
+                self._txids.update(seen)
+                write_file(self._path, json.dumps(self._txids, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +93,8 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
     try:
         recorded = _open_all(replicas, table, known, allow_gap=force_snapshot)
         online = [replica for replica in replicas if replica.online]
-        fresh = all(replica.txid == 0 for replica in replicas) and (force_snapshot or not any(item.url in known for item in replicas))
+        empty = len(online) == len(replicas) and all(replica.txid == 0 for replica in replicas)
+        fresh = empty and (force_snapshot or not any(item.url in known for item in replicas))
         if fresh and table is not None:
             table.close()
             table = None
@@ -95,7 +105,17 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
             replica.join(lineage, recorded[replica.url], known_txid=TXID(0) if force_snapshot else known.get(replica.url))
         head = max(online, key=lambda replica: replica.txid)
         for replica in online:
-            _check_agreement(replica, head, recorded[replica.url])
+            _check_agreement(replica, head, are_recorded=recorded[replica.url] is not None and recorded[head.url] is not None)
+        seen = known.get(head.url) if recorded[head.url] is not None else TXID(0)
+        if table is not None and not _is_of_one_history(table, head, seen, staging):
+            log.warning("the newest file of the replica is not ours replica=%s txid=%016x", head.url, head.txid)
+            staging.clear()
+            if table.state.txid > head.txid:
+                for replica in online:
+                    replica.needs_image = True
+            else:
+                table.close()
+                table = None
         staged = _staged_after(head.txid, staging, table)
         table = _bring_to(
             head, table, lineage, staged, folder=folder, staging=staging, page_size=page_size, all_online=len(online) == len(replicas)
@@ -117,14 +137,17 @@ def join_later(replica: Replica, *, lineage: bytes, known: Known, newest: TXID, 
 
     Raises:
         LineageMismatch, ReplicaEmptied, Diverged: it belongs to another history.
-        StorageUnavailable: still no answer.
+        StorageUnavailable: still no answer, or it cannot be compared yet.
     """
     recorded = replica.open()
     replica.join(lineage, recorded, known_txid=known.get(replica.url))
     if replica.txid > newest:
         raise Diverged(replica.url, head.url if head else "this database", replica.txid)
     if head is not None:
-        _check_agreement(replica, head, recorded)
+        if replica.txid > max(head.txid, known.get(replica.url)):
+            # It may hold a TXID that an earlier run gave out, was killed, and that was given out again since.
+            raise StorageUnavailable(f"{replica.url} has TXID {replica.txid:016x}, which cannot be compared before {head.url} has it")
+        _check_agreement(replica, head, are_recorded=recorded is not None)
     replica.online = True
     known.note([replica])
 
@@ -164,18 +187,64 @@ def _lineage(online: Sequence[Replica], recorded: dict[str, bytes | None], table
     return table.state.lineage if table is not None else (stored[0] if stored else new_lineage())
 
 
-def _check_agreement(replica: Replica, head: Replica, recorded: bytes | None) -> None:
+def _check_agreement(replica: Replica, head: Replica, *, are_recorded: bool) -> None:
     """Find out whether two replicas tell one history, by the newest raw file of the shorter one.
 
-    Where the other has none of that TXID any more, one whose lineage is recorded gets a full image before it goes on; others are refused.
+    Where the other has none of that TXID any more, the shorter one gets a full image before it goes on, if the lineages of both
+    are recorded; others are refused.
     """
     if replica is head or not replica.txid or not (replica.listed and head.listed):
         return
     same = replica.shares_newest_file_with(head)
-    if same is False or (same is None and recorded is None):
+    if same is False and are_recorded:
+        same = _lead_to_the_same_state(replica, head)
+    if same is False or (same is None and not are_recorded):
         raise Diverged(replica.url, head.url, replica.txid)
     if same is None:
         replica.needs_image = True
+
+
+def _lead_to_the_same_state(replica: Replica, head: Replica) -> bool:
+    """Compare the newest raw file of a replica with the other's where one of the two was made of a full image, so that its bytes differ."""
+    import numpy as np
+
+    (first, ours), (second, theirs) = (_read_pages(item, _raw_file(item, replica.txid)) for item in (replica, head))
+    if (first.page_size, first.commit) != (second.page_size, second.commit):
+        return False
+    few, all_pages = sorted((ours, theirs), key=lambda encoded: len(encoded.pgnos))
+    if len(all_pages.pgnos) != first.commit - (lock_pgno(first.page_size) <= first.commit):
+        return False
+    at = np.searchsorted(all_pages.pgnos, few.pgnos)
+    return bool((all_pages.checksums[at] == few.checksums).all())
+
+
+def _is_of_one_history(table: PageTable, head: Replica, seen: TXID, staging: Staging) -> bool:
+    """Find out whether what the replica holds leads to the table's state, or on from there. At most one file is read.
+
+    Args:
+        seen: how far this machine has seen the replica come.
+    """
+    state = table.state
+    at = min(state.txid, head.txid)
+    if seen >= at or (head.txid >= state.txid and not table.is_intact):  # then the repair tells
+        return True
+    try:
+        info = _raw_file(head, at)
+    except StopIteration:
+        return False
+    if at < state.txid:
+        staged = [path for level, _, max_txid, path in staging.files() if level == 0 and max_txid == at]
+        with head.client.open(info) as stream:
+            return bool(staged) and staged[0].stat().st_size == info.size and stream.read() == staged[0].read_bytes()
+    header, encoded = _read_pages(head, info)
+    if (header.page_size, header.commit, header.timestamp_ms) != (state.page_size, state.commit, state.timestamp_ms):
+        return False
+    return bool((table.get(1, state.commit)[encoded.pgnos.astype("int64") - 1] == encoded.checksums).all())
+
+
+def _raw_file(replica: Replica, txid: TXID) -> FileInfo:
+    """Return the raw file that ends at a TXID. Raises `StopIteration` when it is not there."""
+    return next(info for info in replica.listing().get(0, ()) if info.max_txid == txid)
 
 
 def _staged_after(txid: TXID, staging: Staging, table: PageTable | None) -> list[Entry]:

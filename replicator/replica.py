@@ -29,7 +29,7 @@ from replicator.errors import (
     RestoreError,
     StorageError,
 )
-from replicator.format.ltx import TRAILER_SIZE, TXID, FileInfo
+from replicator.format.ltx import LTX_HEADER_SIZE, TRAILER_SIZE, TXID, FileInfo, decode_header
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
@@ -222,6 +222,17 @@ class Replica:
                 self.record(info)
             return
         self._sent(file)
+
+    def holds_own(self, file: OutFile) -> bool:
+        """True when this process itself has stored a file of that level and range, be it with other bytes; takes note of it then."""
+        for info in self.client.list(file.level, seek=file.min_txid):
+            if (info.min_txid, info.max_txid) == (file.min_txid, file.max_txid):
+                with self.client.open(info, size=LTX_HEADER_SIZE) as stream:
+                    found = decode_header(stream.read())
+                if found.node_id == self.writer:
+                    self.record(info)
+                    return True
+        return False
 
     def _sent(self, file: OutFile) -> None:
         self.files_sent += 1

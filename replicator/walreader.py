@@ -85,7 +85,7 @@ class WALFile:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._file)
         self.identity = status.st_dev, status.st_ino
-        self.ended_at_wrong_checksum = False
+        self.wrong_frame = False
         """Whether `changes` stopped at a frame that carries the WAL's salts, but not the right checksum."""
 
     def __enter__(self) -> WALFile:
@@ -170,9 +170,7 @@ class WALFile:
                 break
             want = max(NEXT_READ // size, 1) * size
         following = self.frame_header(offset) if not more and (stop_at is None or offset < stop_at) else None
-        self.ended_at_wrong_checksum = (
-            following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
-        )
+        self.wrong_frame = following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
         if not committed:
             return None
         pgnos, commits, checksums = (np.concatenate([part[i] for part in parts])[:committed] for i in range(3))

@@ -1,0 +1,473 @@
+"""Where frames of the WAL can get lost: at the start, in a checkpoint, when a frame is damaged, when files are replaced.
+
+Each test drives an engine without threads, or a `Replicator` that is held for a moment, through one interleaving that once lost something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from replicator import Replicator, db, engine
+from replicator.db import Database
+from replicator.errors import DatabaseNotFound, DatabaseStateError
+from replicator.storage.memory import MemoryClient
+from replicator.walreader import WALFile
+from tests.e2e.databases import checkpointed_bytes, connect, drain, engine_for, insert, restored, rows
+
+TIMEOUT_S = 20
+FRAME = 4096 + 24
+
+
+def wal_of(database: Path) -> Path:
+    return database.with_name(database.name + "-wal")
+
+
+def flip_a_bit_of_frame(database: Path, number: int) -> None:
+    """Damage the page image of a frame, counted from 0. SQLite does not check frames that it finds by the wal-index."""
+    with wal_of(database).open("r+b") as file:
+        file.seek(32 + number * FRAME + 24 + 3000)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def frames_in(database: Path) -> int:
+    return (wal_of(database).stat().st_size - 32) // FRAME
+
+
+class RaisesOnce:
+    """A connection whose checkpoint does its work and then fails, the first time."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self.failed = False
+
+    def execute(self, sql: str) -> sqlite3.Cursor:
+        if "wal_checkpoint" in sql and not self.failed:
+            self.failed = True
+            self.connection.execute(sql).fetchall()
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.connection.execute(sql)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+# -- names -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_database_behind_a_symbolic_link_is_replicated(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    database, client = tmp_path / "real/a.db", MemoryClient()
+    application = connect(database)
+    (tmp_path / "link.db").symlink_to(database)
+    with Replicator(tmp_path / "link.db", client) as replicator:
+        insert(application, 20)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert rows(restored(client, tmp_path)) == rows(application)
+    application.close()
+
+
+def test_a_database_with_two_names_is_refused(tmp_path: Path) -> None:
+    connect(tmp_path / "a.db").close()
+    os.link(tmp_path / "a.db", tmp_path / "b.db")
+    with pytest.raises(DatabaseStateError, match="2 names"):
+        Replicator(tmp_path / "b.db", MemoryClient()).start()
+
+
+# -- the first sync after a start ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["before the scan", "after the scan"])
+def test_a_wal_that_restarts_during_the_first_scan_loses_nothing(tmp_path: Path, moment: str) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    first = engine_for(database, client)
+    first.open()
+    drain(first)
+    first.close()
+    insert(application, 100)  # while nobody watches; then all of it is copied, so that the next writer restarts the WAL
+    application.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    second = engine_for(database, client)
+    second.open()
+    changes, commits = second._database.changes, []
+
+    def racing(*args, **options):
+        if moment == "after the scan":
+            found = changes(*args, **options)
+        if not commits:
+            commits.append(application.execute("INSERT INTO t(v) VALUES('restarts the WAL')"))
+        return found if moment == "after the scan" else changes(*args, **options)
+
+    second._database.changes = racing  # type: ignore[method-assign]
+    drain(second)
+    drain(second)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    second.close()
+    application.close()
+
+
+def test_what_the_first_scan_read_and_could_not_encode_is_not_skipped_when_the_wal_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    first = engine_for(database, client)
+    first.open()
+    drain(first)
+    first.close()
+    insert(application, 100)
+    application.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    second = engine_for(database, client)
+    second.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "encode", lambda *args, **options: (_ for _ in ()).throw(OSError(errno.ENOSPC, "the disk is nearly full")))
+        with pytest.raises(OSError, match="nearly full"):
+            second.advance()
+    application.execute("INSERT INTO t(v) VALUES('restarts the WAL')")
+    drain(second)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    second.close()
+    application.close()
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tail_is_not_lost_when_the_checkpoint_fails_after_copying(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 50)
+    drain(subject)
+    insert(application, 50)  # found under the write lock
+    subject._database._checkpointer = RaisesOnce(subject._database._checkpointer)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError):
+        subject.checkpoint()
+    application.execute("UPDATE t SET v = 'restarts the WAL' WHERE id = 1")
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+def test_a_pin_that_cannot_be_taken_again_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 50)
+    drain(subject)
+    assert subject.checkpoint()
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "_begin_read", lambda connection: (_ for _ in ()).throw(sqlite3.OperationalError("unable to open database file")))
+        with pytest.raises(sqlite3.OperationalError):
+            subject.checkpoint()
+    insert(application, 20)
+    application.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+    application.execute("UPDATE t SET v = 'restarts the WAL once more' WHERE id = 1")
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+def test_a_connection_that_was_left_in_a_transaction_is_used_again(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    subject._database._unpin()
+    for connection in (subject._database._pin, subject._database._spare):
+        connection.execute("BEGIN")  # the read that should follow failed
+    insert(application, 5)
+    subject._resync_reason = "a test"
+    drain(subject)
+    assert subject.checkpoint()
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+def test_a_writer_is_let_go_when_its_rollback_fails(tmp_path: Path) -> None:
+    class NoRollback(RaisesOnce):
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            if sql == "ROLLBACK":
+                raise sqlite3.OperationalError("disk I/O error")
+            return self.connection.execute(sql)
+
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 5)
+    drain(subject)
+    writer = NoRollback(subject._database._writer)
+    subject._database._connections[subject._database._connections.index(subject._database._writer)] = writer  # type: ignore[call-overload]
+    subject._database._writer = writer  # type: ignore[assignment]
+    with contextlib.suppress(sqlite3.Error):
+        subject.checkpoint()
+    application.execute("PRAGMA busy_timeout=0")
+    application.execute("INSERT INTO t(v) VALUES('not locked')")
+    subject.close()
+    application.close()
+
+
+def test_the_write_lock_is_not_held_for_reading_a_long_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    for _ in range(30):
+        insert(application, 1, size=1 << 20)
+    lock, read, under_lock = Database._lock_writers, WALFile.changes, []
+
+    def locking(self):
+        under_lock.append(0)
+        return lock(self)
+
+    def reading(self, *args, **options):
+        found = read(self, *args, **options)
+        if under_lock and found is not None:
+            under_lock.append(found.frames * FRAME)
+        return found
+
+    monkeypatch.setattr(Database, "_lock_writers", locking)
+    monkeypatch.setattr(WALFile, "changes", reading)
+    subject.checkpoint()
+    assert under_lock
+    assert max(under_lock) < 16 << 20
+    subject.close()
+    application.close()
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [0, 7])
+def test_a_damaged_frame_is_not_taken_for_the_end_of_the_wal(tmp_path: Path, damaged: int) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    with Replicator(database, client, sync_interval_s=30) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        with replicator._engine.lock:
+            before = frames_in(database)
+            for _ in range(10):
+                insert(application, 1, size=3900)
+            flip_a_bit_of_frame(database, before + 2 * damaged + 1)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert rows(restored(client, tmp_path)) == rows(application)
+        insert(application, 3)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert rows(restored(client, tmp_path)) == rows(application)
+    application.close()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_frame_that_was_damaged_before_the_start_is_not_the_end_either(tmp_path: Path, known: bool) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    if known:
+        with Replicator(database, client):
+            pass
+    before = frames_in(database)
+    for _ in range(10):
+        insert(application, 1, size=3900)
+    flip_a_bit_of_frame(database, before + 9)
+    application.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    with Replicator(database, client) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert rows(restored(client, tmp_path)) == rows(application)
+        for txid in range(1, replicator.status().txid + 1):
+            restored(client, tmp_path, txid=txid)
+    application.close()
+
+
+def test_nothing_is_acknowledged_while_a_damaged_frame_cannot_be_told_from_the_end(tmp_path: Path) -> None:
+    class Busy(RaisesOnce):
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            if "wal_checkpoint" in sql:
+                sql = "SELECT 1, -1, -1"  # what SQLite answers while another process checkpoints
+            return self.connection.execute(sql)
+
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    before = frames_in(database)
+    insert(application, 1, size=3900)
+    flip_a_bit_of_frame(database, before)
+    free = subject._database._checkpointer
+    subject._database._checkpointer = Busy(free)  # type: ignore[assignment]
+    with pytest.raises(DatabaseStateError, match="cannot tell"):
+        subject.advance()
+    subject._database._checkpointer = free
+    drain(subject)
+    drain(subject)
+    assert rows(restored(client, tmp_path)) == rows(application)
+    subject.close()
+    application.close()
+
+
+def test_a_damaged_frame_where_a_remnant_was_before_is_noticed(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    reader = connect(database)
+    reader.execute("BEGIN")
+    rows(reader)  # the WAL cannot be restarted
+    application.execute("PRAGMA cache_size=2")
+    with Replicator(database, client, sync_interval_s=30) as replicator:
+        application.execute("BEGIN")
+        application.executemany("INSERT INTO t(v) VALUES(randomblob(?))", [(3000,)] * 50)
+        application.execute("ROLLBACK")
+        insert(application, 1)
+        replicator.wait(timeout_s=TIMEOUT_S)  # the remnant was looked at
+        with replicator._engine.lock:
+            insert(application, 1, size=3900)
+            flip_a_bit_of_frame(database, (replicator.status().wal_size_bytes - 32) // FRAME + 1)
+        reader.close()
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert rows(restored(client, tmp_path)) == rows(application)
+    application.close()
+
+
+def test_remnants_of_a_rolled_back_transaction_do_not_hold_up_an_acknowledgement(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    application.execute("PRAGMA cache_size=2")  # spills into the WAL
+    with Replicator(database, client, sync_interval_s=30) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        with replicator._engine.lock:
+            application.execute("BEGIN")
+            application.executemany("INSERT INTO t(v) VALUES(randomblob(?))", [(3000,)] * 50)
+            application.execute("ROLLBACK")
+            insert(application, 1)
+        for _ in range(3):
+            replicator.wait(timeout_s=TIMEOUT_S)
+            assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+            insert(application, 1)
+        assert replicator.status().error is None
+    application.close()
+
+
+# -- replaced files --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_during_which_the_database_is_deleted_is_not_stored(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    insert(application, 1000, size=3000)
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    application.execute("UPDATE t SET v = zeroblob(3000)")  # the newest images are in the WAL only
+    drain(subject)
+    pages, calls = subject._database.pages, []
+
+    def deleting(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            for suffix in ("", "-wal", "-shm"):
+                database.with_name(database.name + suffix).unlink()
+            with contextlib.suppress(DatabaseNotFound):
+                subject.advance()
+        return pages(*args)
+
+    subject._database.pages = deleting  # type: ignore[method-assign]
+    with pytest.raises(DatabaseStateError):
+        subject.snapshot()
+    subject.close()
+    application.close()
+
+
+def test_a_database_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    insert(application, 20)
+    other = connect(tmp_path / "other.db")
+    insert(other, 7)
+    other.close()
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    insert(application, 5)
+    changes = subject._database.changes
+
+    def replacing(*args, **options):
+        found = changes(*args, **options)
+        if (tmp_path / "other.db").exists():
+            application.close()
+            for suffix in ("-wal", "-shm"):
+                database.with_name(database.name + suffix).unlink(missing_ok=True)
+            os.replace(tmp_path / "other.db", database)
+        return found
+
+    subject._database.changes = replacing  # type: ignore[method-assign]
+    with pytest.raises(DatabaseStateError):
+        subject.advance()
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+
+
+def test_a_wal_that_is_deleted_under_the_engine_is_noticed(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 50)
+    drain(subject)
+    application.close()
+    wal_of(database).unlink()  # and with it the rows
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    assert rows(tmp_path / "restored.db") == []
+    subject.close()
+
+
+# -- snapshots -------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_snapshots_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    insert(application, 4000, size=3000)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    both, made = threading.Barrier(2, timeout=TIMEOUT_S), []
+    pages = subject._database.pages
+
+    def meeting(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()  # neither is far ahead of the other
+        return pages(*args)
+
+    subject.lock = contextlib.nullcontext()  # type: ignore[assignment]  nothing else runs; the two must overlap
+    subject._database.pages = meeting  # type: ignore[method-assign]
+    threads = [threading.Thread(target=lambda: made.append(subject.snapshot())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2
+    assert all(isinstance(out.body, Path) for out in made)
+    assert len({out.body.read_bytes() for out in made}) <= 2
+    for out in made:
+        out.body.unlink()
+        assert not out.body.exists()
+    subject.close()
+    application.close()
