@@ -16,6 +16,7 @@ an entry is outstanding loses nothing either: the pages are in the database file
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import threading
@@ -29,7 +30,6 @@ from typing import TYPE_CHECKING
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image
 from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning
-from replicator.format.checksum import page_checksum
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Header
 from replicator.format.sqlite import lock_pgno
 from replicator.format.wal import WAL_HEADER_SIZE, frame_size
@@ -37,6 +37,7 @@ from replicator.joining import Known, join, join_later
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging, encode
 from replicator.pagetable import PageTable, TableState
 from replicator.replica import Replica
+from replicator.scan import all_pages, differing_pages
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
 from replicator.walreader import Changes, WALFile
@@ -485,47 +486,29 @@ class Engine:
 
     def _difference(self, image: Image, state: TableState) -> Entry | None:
         assert self._staging is not None
-        pages = self._differing(image)
+        assert self._table is not None
+        pages = differing_pages(self._database, self._table, image)
         first = next(pages, None)
         if first is None and image.commit == state.commit:
             return None
         txid = TXID(state.txid + 1)
         header = self._header(txid, txid, image.commit, image.position)
-        out, encoded = encode(self._staging, 0, header, _chain(first, pages))
+        out, encoded = encode(self._staging, 0, header, itertools.chain([first] if first is not None else [], pages))
         self._xor = self._xor_after(encoded, image.commit)
         self.txid = txid
         return Entry(txid, (out,), encoded, image.page_size, image.commit, header.timestamp_ms, image.position)
-
-    def _differing(self, image: Image) -> Iterator[tuple[int, bytes | memoryview]]:
-        assert self._table is not None
-        size, skip = image.page_size, lock_pgno(image.page_size)
-        for first, data in self._database.chunks(image):
-            view = memoryview(data)
-            known = self._table.get(first, len(data) // size).tolist()
-            for index, checksum in enumerate(known):
-                page = view[index * size : (index + 1) * size]
-                if first + index != skip and checksum != page_checksum(first + index, page):
-                    yield first + index, page
 
     def _page_size_changed(self, image: Image, state: TableState) -> Entry:
         """A chain may not mix page sizes: a snapshot that ends at the new TXID comes first."""
         assert self._staging is not None
         txid = TXID(state.txid + 1)
         header = self._header(TXID(1), txid, image.commit, image.position)
-        snapshot, encoded = encode(self._staging, SNAPSHOT_LEVEL, header, self._all_pages(image))
+        snapshot, encoded = encode(self._staging, SNAPSHOT_LEVEL, header, all_pages(self._database, image))
         header = self._header(txid, txid, image.commit, image.position)
-        raw, _ = encode(self._staging, 0, header, self._all_pages(image))
+        raw, _ = encode(self._staging, 0, header, all_pages(self._database, image))
         self._xor = encoded.xor()
         self.txid = txid
         return Entry(txid, (snapshot, raw), encoded, image.page_size, image.commit, header.timestamp_ms, image.position)
-
-    def _all_pages(self, image: Image) -> Iterator[tuple[int, bytes | memoryview]]:
-        size, skip = image.page_size, lock_pgno(image.page_size)
-        for first, data in self._database.chunks(image):
-            view = memoryview(data)
-            for index in range(len(data) // size):
-                if first + index != skip:
-                    yield first + index, view[index * size : (index + 1) * size]
 
     # -- checkpoints and snapshots -----------------------------------------------------------------------------------------------
 
@@ -614,11 +597,3 @@ class Engine:
 def _discard(out: OutFile) -> None:
     if isinstance(out.body, Path):
         out.body.unlink(missing_ok=True)
-
-
-def _chain(
-    first: tuple[int, bytes | memoryview] | None, rest: Iterator[tuple[int, bytes | memoryview]]
-) -> Iterator[tuple[int, bytes | memoryview]]:
-    if first is not None:
-        yield first
-        yield from rest
