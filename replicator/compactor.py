@@ -6,11 +6,10 @@ used only after its last byte was read and its checksum is right; until then the
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from replicator.errors import CorruptReplica, FormatError
 from replicator.format.ltx import DecodedPage, Decoder, Encoder, FileInfo, Header
@@ -71,10 +70,10 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
             if len(runs) == 1:
                 made.remove(runs[0])
                 return Compacted(runs[0], taken)
-            sources = [_Source("a merged file", run.min_txid, run.max_txid, _pieces(run)) for run in runs]
+            sources = [_Source("a merged file", run.min_txid, run.max_txid, partial(run.pieces, SLICE_BYTES)) for run in runs]
     finally:
         for run in made:
-            _remove(run)
+            run.discard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,26 +152,8 @@ def _sliced(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield piece[at : at + SLICE_BYTES]
 
 
-def _pieces(run: OutFile) -> Callable[[], Iterator[bytes]]:
-    def read() -> Iterator[bytes]:
-        if isinstance(run.body, bytes):
-            yield from _sliced([run.body])
-            return
-        with run.body.open("rb") as file:
-            while piece := file.read(SLICE_BYTES):
-                yield piece
-
-    return read
-
-
 def _page_size(run: OutFile) -> int:
     if isinstance(run.body, bytes):
         return int.from_bytes(run.body[8:12], "big")
     with run.body.open("rb") as file:
         return int.from_bytes(file.read(12)[8:12], "big")
-
-
-def _remove(run: OutFile) -> None:
-    if isinstance(run.body, Path):
-        with contextlib.suppress(OSError):
-            run.body.unlink()

@@ -307,10 +307,10 @@ class Engine:
         images = changes.pages(wal) if wal is not None else changes.kept_pages()
         out, encoded = encode(self._staging, 0, header, self._with_growth(images, changes))
         if wal is not None and changes.data is None and not self._database.salts_are(changes.end.salts):
-            _discard(out)
+            out.discard()
             raise DatabaseStateError(f"the WAL was restarted while it was read: {self.path}")  # read again at the next call
         if self._database.replaced():
-            _discard(out)
+            out.discard()
             raise DatabaseStateError(f"the database was replaced while it was read: {self.path}")
         self._xor = self._xor_after(encoded, changes.commit)
         self.txid, self._commit, self._position = txid, changes.commit, changes.end
@@ -586,14 +586,9 @@ class Engine:
                 out, encoded = encode(self.scratch, SNAPSHOT_LEVEL, header, snapshot.pages(lambda: self.lock), unique=True)
             if encoded.xor() != xor:
                 # Somebody changed the file itself: what was read is no state that ever was.
-                _discard(out)
+                out.discard()
                 raise DatabaseStateError(f"snapshot of TXID {header.max_txid:016x} is not the state that was synced: {self.path}")
             return out
         finally:
             with self.lock:
                 self._snapshots.remove(snapshot)
-
-
-def _discard(out: OutFile) -> None:
-    if isinstance(out.body, Path):
-        out.body.unlink(missing_ok=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from replicator.chain import read_file
 from replicator.errors import CorruptReplica, Fenced, FormatError, ReplicatorError
-from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, DecodedPage, Decoder, Encoder, FileInfo, Header
+from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Decoder, Encoder, FileInfo
 from replicator.outbox import OutFile, Spool, Staging
 from replicator.replica import Replica
 
@@ -72,7 +71,7 @@ def _copy_file(source: Replica, target: Replica, info: FileInfo, scratch: Stagin
         else:
             target.store([out], info.max_txid)
     finally:
-        _remove(out)
+        out.discard()
 
 
 def store_image(target: Replica, image: OutFile, scratch: Staging) -> None:
@@ -98,7 +97,7 @@ def store_image(target: Replica, image: OutFile, scratch: Staging) -> None:
             raise
         target.txid = max(target.txid, image.max_txid)
     finally:
-        _remove(raw)
+        raw.discard()
     target.needs_image = False
 
 
@@ -108,17 +107,11 @@ def _as_raw(image: OutFile, scratch: Staging) -> OutFile:
     spool = Spool(scratch, f"raw-{image.max_txid:016x}.ltx")
     try:
         encoder: Encoder | None = None
-        for pages in _decode(decoder, image):
+        for piece in image.pieces(SLICE_BYTES):
+            pages = decoder.feed(piece)
             if encoder is None:
                 assert decoder.header is not None
-                found = decoder.header
-                encoder = Encoder(
-                    spool.write,
-                    Header(
-                        found.page_size, found.commit, found.max_txid, found.max_txid, found.timestamp_ms, wal_offset=found.wal_offset,
-                        wal_size=found.wal_size, wal_salt1=found.wal_salt1, wal_salt2=found.wal_salt2, node_id=found.node_id,
-                    ),
-                )  # fmt: skip
+                encoder = Encoder(spool.write, replace(decoder.header, min_txid=decoder.header.max_txid))
             for pgno, page, block in pages:
                 encoder.block(pgno, block, page)
         decoder.close()
@@ -129,18 +122,3 @@ def _as_raw(image: OutFile, scratch: Staging) -> OutFile:
         spool.discard()
         raise
     return OutFile(0, image.max_txid, image.max_txid, image.timestamp_ms, body)
-
-
-def _decode(decoder: Decoder, image: OutFile) -> Iterator[Sequence[DecodedPage]]:
-    if isinstance(image.body, bytes):
-        for at in range(0, len(image.body), SLICE_BYTES):
-            yield decoder.feed(image.body[at : at + SLICE_BYTES])
-        return
-    with image.body.open("rb") as file:
-        while data := file.read(SLICE_BYTES):
-            yield decoder.feed(data)
-
-
-def _remove(out: OutFile) -> None:
-    if isinstance(out.body, Path):
-        out.body.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from replicator.format.ltx import TXID
 from replicator.outbox import OutFile
@@ -45,5 +44,4 @@ class Images:
                 if not image.users:
                     if image is self._current:
                         self._current = None
-                    if isinstance(image.out.body, Path):
-                        image.out.body.unlink(missing_ok=True)
+                    image.out.discard()

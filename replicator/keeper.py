@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from replicator.chain import read_file
 from replicator.compactor import compact
@@ -159,8 +158,7 @@ class Keeper:
             if isinstance(done.out.body, bytes):
                 self._recent.add(task.level, done.out.min_txid, done.out.max_txid, done.out.body)
         finally:
-            if isinstance(done.out.body, Path):
-                done.out.body.unlink(missing_ok=True)
+            done.out.discard()
         self.compactions += 1
         log.debug(
             "compacted replica=%s level=%d min_txid=%016x max_txid=%016x files=%d size=%d",

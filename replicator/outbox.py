@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,21 @@ class OutFile:
     @property
     def size(self) -> int:
         return len(self.body) if isinstance(self.body, bytes) else self.body.stat().st_size
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes in pieces of `size`."""
+        if isinstance(self.body, bytes):
+            for at in range(0, len(self.body), size):
+                yield self.body[at : at + size]
+            return
+        with self.body.open("rb") as file:
+            while data := file.read(size):
+                yield data
+
+    def discard(self) -> None:
+        """Remove the file, if the body is one."""
+        if isinstance(self.body, Path):
+            self.body.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

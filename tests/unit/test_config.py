@@ -21,7 +21,7 @@ from replicator.storage.age import AgeClient
 from replicator.storage.file import FileClient
 from replicator.storage.s3 import S3Client
 
-FOLDER, HOME = Path("/work"), Path("/home/me")
+FOLDER, HOME = Path("/srv"), Path("/home/me")
 
 
 def read(text: str, *, environ: dict[str, str] | None = None, lenient: bool = False, expand_env: bool = True) -> Config:
@@ -61,8 +61,8 @@ def with_replica(keys: str) -> str:
 
 def test_the_smallest_file_has_the_engines_defaults() -> None:
     config = read("dbs:\n  - path: a.db\n    replica:\n      path: r\n")
-    settings = ReplicaSettings(kind="file", url="file:///work/r", directory=Path("/work/r"))
-    assert config.databases == (DatabaseSettings(path=Path("/work/a.db"), replicas=(settings,)),)
+    settings = ReplicaSettings(kind="file", url="file:///srv/r", directory=Path("/srv/r"))
+    assert config.databases == (DatabaseSettings(path=Path("/srv/a.db"), replicas=(settings,)),)
     assert config.warnings == ()
     assert (config.logging.level, config.logging.stderr) == (None, False)
 
@@ -73,7 +73,7 @@ def test_every_key_of_a_database() -> None:
         "verify-interval: 24h, restore-if-db-not-exists: yes"
     )
     assert found == DatabaseSettings(
-        path=Path("/work/a.db"),
+        path=Path("/srv/a.db"),
         replicas=found.replicas,
         meta_path=Path("/home/me/m"),
         monitor_interval_s=2.0,
@@ -89,16 +89,16 @@ def test_every_key_of_a_database() -> None:
     ("text", "path"),
     [
         ("/x/a.db", "/x/a.db"),
-        ("x/../a.db", "/work/a.db"),
+        ("x/../a.db", "/srv/a.db"),
         ("~/a.db", "/home/me/a.db"),
-        ("~you/a.db", "/work/~you/a.db"),
+        ("~you/a.db", "/srv/~you/a.db"),
         ("sqlite:///x/a.db", "/x/a.db"),
-        ("sqlite3://a.db", "/work/a.db"),
+        ("sqlite3://a.db", "/srv/a.db"),
         ("sqlite://~/a.db", "/home/me/a.db"),
-        ("sqlite4://a.db", "/work/sqlite4:/a.db"),
-        ("010", "/work/010"),
-        ("yes", "/work/yes"),
-        ("1e3", "/work/1e3"),
+        ("sqlite4://a.db", "/srv/sqlite4:/a.db"),
+        ("010", "/srv/010"),
+        ("yes", "/srv/yes"),
+        ("1e3", "/srv/1e3"),
     ],
 )
 def test_database_paths(text: str, path: str) -> None:
@@ -116,13 +116,13 @@ def test_a_home_comes_from_the_environment_or_is_missed() -> None:
 
 def test_several_replicas_keep_their_order() -> None:
     (found,) = read("dbs: [{path: a.db, replicas: [{path: r1}, {url: 's3://bucket/x'}, {url: 'file:///r3'}]}]").databases
-    assert [item.url for item in found.replicas] == ["file:///work/r1", "s3://bucket/x", "file:///r3"]
+    assert [item.url for item in found.replicas] == ["file:///srv/r1", "s3://bucket/x", "file:///r3"]
 
 
 def test_look_up_by_path() -> None:
     config = read("dbs: [{path: a.db, replica: {path: r}}, {path: b.db, replica: {path: q}}]")
-    assert config.database(Path("/work/b.db")) is config.databases[1]
-    assert config.database(Path("/work/c.db")) is None
+    assert config.database(Path("/srv/b.db")) is config.databases[1]
+    assert config.database(Path("/srv/c.db")) is None
 
 
 @pytest.mark.parametrize("text", ["", "dbs:", "dbs: []", "# nothing"])
@@ -145,11 +145,11 @@ def test_a_file_without_databases_is_a_file(text: str) -> None:
         ("dbs: [{path: a, replica: {path: r}, replicas: [{path: q}]}]", "cannot specify 'replica' and 'replicas'"),
         (
             "dbs: [{path: a, replica: {path: r}}, {path: ./a, replica: {path: q}}]",
-            "dbs[1]: duplicate path /work/a (already used by dbs[0])",
+            "dbs[1]: duplicate path /srv/a (already used by dbs[0])",
         ),
         ("dbs: [{path: a, meta-path: m, replica: {path: r}}, {path: b, meta-path: m, replica: {path: q}}]", "duplicate metadata path"),
-        ("dbs: [{path: a, replica: {path: r}}, {path: b, replica: {url: 'file:///work/r'}}]", "duplicate replica file:///work/r"),
-        ("dbs: [{path: a, replicas: [{path: r}, {path: ./r}]}]", "duplicate replica file:///work/r (used twice)"),
+        ("dbs: [{path: a, replica: {path: r}}, {path: b, replica: {url: 'file:///srv/r'}}]", "duplicate replica file:///srv/r"),
+        ("dbs: [{path: a, replicas: [{path: r}, {path: ./r}]}]", "duplicate replica file:///srv/r (used twice)"),
         ("dbs: [{path: a, min-checkpoint-page-count: 0, replica: {path: r}}]", "must be greater than 0"),
         ("dbs: [{path: a, min-checkpoint-page-count: '5', replica: {path: r}}]", "whole number"),
         ("dbs: [{path: a, min-checkpoint-page-count: 010, replica: {path: r}}]", "whole number"),
@@ -262,7 +262,7 @@ def test_global_values_are_inherited_where_a_replica_says_nothing() -> None:
 def test_some_global_values_are_not_inherited_and_that_is_said() -> None:
     top = "type: s3\npath: /p\nurl: 's3://bkt/x'\nname: n\npart-size: 10MB\nconcurrency: 9\nhost: h\n"
     found = read(f"{top}dbs: [{{path: a.db, replica: {{path: r}}}}, {{path: b.db, replica: {{url: 's3://bkt/y'}}}}]")
-    assert [item.replicas[0].url for item in found.databases] == ["file:///work/r", "s3://bkt/y"]
+    assert [item.replicas[0].url for item in found.databases] == ["file:///srv/r", "s3://bkt/y"]
     assert found.databases[1].replicas[0].s3.concurrency is None  # type: ignore[union-attr]
     assert [note.line for note in found.warnings] == [1, 2, 3, 4, 5, 6, 7]
     assert all("no effect" in note.text for note in found.warnings)
@@ -431,9 +431,9 @@ def test_variables_and_their_warnings() -> None:
     text = "dbs:\n  - path: $DB\n    replica: {path: '${ROOT:-x}r$PID'}\n"
     config = read(text, environ={"DB": "/x/a.db"})
     assert config.databases[0].path == Path("/x/a.db")
-    assert config.databases[0].replicas[0].directory == Path("/work/r42")
+    assert config.databases[0].replicas[0].directory == Path("/srv/r42")
     assert [note.line for note in config.warnings] == [3]
-    assert read("dbs: [{path: $A, replica: {path: r}}]", expand_env=False).databases[0].path == Path("/work/$A")
+    assert read("dbs: [{path: $A, replica: {path: r}}]", expand_env=False).databases[0].path == Path("/srv/$A")
 
 
 def test_warnings_are_bounded() -> None:
@@ -446,7 +446,7 @@ def test_warnings_are_bounded() -> None:
 def test_clients() -> None:
     client = open_replica(replica("path: r"))
     assert isinstance(client, FileClient)
-    assert client.url == "file:///work/r"
+    assert client.url == "file:///srv/r"
     client = open_replica(replica("url: 's3://bkt/x?endpoint=http://127.0.0.1:1'"))
     assert isinstance(client, S3Client)
     assert client.url == "s3://bkt/x?endpoint=http://127.0.0.1:1"
