@@ -143,9 +143,11 @@ class Board:
     def answer(self, question: int, txid: TXID) -> None:
         """Everything that was committed before `question` is in TXIDs up to `txid`."""
         with self.changed:
+            is_news = self.error is not None or (question, txid) != (self._answered, self._answered_txid)
             self.error = self.gone = None
             self._answered, self._answered_txid = question, txid
-            self.changed.notify_all()
+            if is_news:  # a look at a database at rest wakes nobody
+                self.changed.notify_all()
 
     def ask(self, end: float | None, pending: Callable[[], str]) -> TXID:
         """Let the engine look at the WAL now; returns the TXID that holds everything committed before the call."""

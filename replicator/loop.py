@@ -15,7 +15,7 @@ from replicator.watch import Watch
 __all__ = ["EngineThread"]
 
 QUIET_S = 2.0
-IDLE_POLL_S = 15.0
+IDLE_POLL_S = 60.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)
 STAGE_AFTER_S = 1.0
 MAX_STEPS = 10_000
@@ -55,8 +55,8 @@ class EngineThread:
                 if board.ends:
                     return
                 # Before looking, never after: what happens from here on must wake us again.
-                self._woken = False
-            if self._watch.armed:
+                woken, self._woken = self._woken, False
+            if self._watch.armed and woken:
                 self._watch.disarm()
                 last_news = time.monotonic()
             last_sync = time.monotonic()

@@ -400,3 +400,25 @@ def test_a_key_that_may_only_write_is_enough_after_the_first_start(tmp_path: Pat
     restore_database(client, tmp_path / "r.db")
     assert (tmp_path / "r.db").read_bytes() == checkpointed_bytes(database, tmp_path)
     application.close()
+
+
+def test_a_database_at_rest_wakes_nobody_and_a_commit_wakes_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url, sync_interval_s=0.01) as engine:
+        insert(application, 5)
+        before = engine.wait(timeout_s=TIMEOUT_S)
+        looks: list[float] = []
+        advance = engine._engine.advance
+        monkeypatch.setattr(engine._engine, "advance", lambda: looks.append(time.monotonic()) or advance())
+        end = time.monotonic() + TIMEOUT_S
+        while not engine._loop._watch.armed and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the look after arming
+        looks.clear()
+        time.sleep(1)
+        assert looks == []
+        insert(application, 5)
+        engine.wait(before + 1, timeout_s=5)  # nobody asks for a look: the file event does it
+        assert looks
+    application.close()
