@@ -32,7 +32,7 @@ from replicator.loop import EngineThread
 from replicator.outbox import OutFile
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
-from replicator.restorer import IntegrityCheck, RestoreResult, first_answer, restore_database
+from replicator.restorer import IntegrityCheck, RestoreResult, first_answer, newest_first, restore_database
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
@@ -317,13 +317,15 @@ class Replicator:
             return image.max_txid
 
     def _make_image(self) -> OutFile:
-        for _ in range(IMAGE_TRIES):
-            self._board.ask(time.monotonic() + IMAGE_TIMEOUT_S, lambda: self._board.error or "the engine is busy")
+        # First without asking: the engine may be waiting for the very replica that waits for this image.
+        for left in reversed(range(IMAGE_TRIES)):
             try:
                 return self._engine.snapshot()
-            except NotSynced as error:
-                last = error
-        raise last
+            except NotSynced:
+                if not left:
+                    raise
+            self._board.ask(time.monotonic() + IMAGE_TIMEOUT_S, lambda: self._board.error or "the engine is busy")
+        raise AssertionError("unreachable")
 
     def status(self) -> Status:
         """Return what is going on, without waiting for anything."""
@@ -377,7 +379,7 @@ def restore(
     """Restore a database from a replica.
 
     Args:
-        url: of the replica, or a client; or several, of which the first is used that is reachable, not empty and not damaged.
+        url: of the replica, or a client; or several, of which the one is used that leads furthest (or has the TXID), the others where it fails.
         output: path of the database to write.
         txid: restore this state (a number, or 16 hex digits).
         timestamp: restore the last state before this time (aware, or RFC 3339).
@@ -418,7 +420,7 @@ def restore(
                 progress=progress,
             )
 
-        return first_answer(clients, from_one)
+        return first_answer(clients if txid is not None else newest_first(clients, timestamp=timestamp), from_one)
 
 
 def parse_timestamp(text: str) -> datetime:

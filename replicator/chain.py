@@ -60,8 +60,14 @@ def list_files(client: ReplicaClient, *, accurate_times: bool = False) -> dict[i
 
     if client.kind in ("file", "memory"):
         return {level: one(level) for level in levels}
-    with ThreadPoolExecutor(len(levels)) as pool:
-        return dict(zip(levels, pool.map(one, levels), strict=True))
+    # Raw files first: what is merged and deleted afterwards is then found in the level above.
+    raw = one(0)
+    with ThreadPoolExecutor(len(levels) - 1) as pool:
+        return {0: raw, **dict(zip(levels[1:], pool.map(one, levels[1:]), strict=True))}
+
+
+class _Short(StorageUnavailable):
+    """A stream that ended early without an error: the object is shorter than it was listed, if it happens again and again."""
 
 
 def read_file(client: ReplicaClient, info: FileInfo, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[bytes]:
@@ -70,6 +76,7 @@ def read_file(client: ReplicaClient, info: FileInfo, *, sleep: Callable[[float],
     Raises:
         ObjectNotFound, StorageError: at once.
         StorageUnavailable: after the last try.
+        CorruptReplica: the file is shorter than it was listed.
     """
     at, tries = 0, 0
     while at < info.size:
@@ -79,9 +86,11 @@ def read_file(client: ReplicaClient, info: FileInfo, *, sleep: Callable[[float],
                     at += len(data)
                     yield data
                 if at < info.size:
-                    raise StorageUnavailable(f"{info.name}: the stream ended at {at} of {info.size} bytes")
-        except StorageUnavailable:
+                    raise _Short(f"the stream ended at {at} of {info.size} bytes")
+        except StorageUnavailable as error:
             if tries == len(RETRY_DELAYS_S):
+                if isinstance(error, _Short):
+                    raise CorruptReplica(f"{client.url} level {info.level} {info.name}", str(error)) from error
                 raise
             sleep(RETRY_DELAYS_S[tries])
             tries += 1

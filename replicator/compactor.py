@@ -21,8 +21,8 @@ __all__ = ["FAN_IN", "Compacted", "compact"]
 FAN_IN = 16
 SLICE_BYTES = 32 << 10
 """A piece of a file decompresses to at most 255 times its size; this keeps `FAN_IN` of them small."""
-RUN_BYTES, RESULT_BYTES = 256 << 10, 2 << 20
-"""What an intermediate and a final result may take in memory."""
+RUN_BYTES, RUNS_BYTES, RESULT_BYTES = 256 << 10, 16 << 20, 2 << 20
+"""What an intermediate result, all of them, and the final one may take in memory."""
 
 Read = Callable[[FileInfo], Iterable[bytes]]
 
@@ -53,11 +53,13 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
     taken = 0
     try:
         while True:
-            limit = RESULT_BYTES if len(sources) <= FAN_IN else RUN_BYTES
+            last = len(sources) <= FAN_IN
             runs: list[OutFile] = []
             count = 0
             for start in range(0, len(sources), FAN_IN):
                 group = sources[start : start + FAN_IN]
+                in_memory = sum(len(run.body) for run in made if isinstance(run.body, bytes))
+                limit = RESULT_BYTES if last else (RUN_BYTES if in_memory < RUNS_BYTES else 0)
                 run, used = _merge(group, level, scratch, limit)
                 made.append(run)
                 if runs and _page_size(run) != _page_size(runs[0]):
@@ -93,8 +95,7 @@ class _Reader:
         self._decoder = Decoder(keep_blocks=True)
         self._first: list[DecodedPage] = []
         while self._decoder.header is None:
-            piece = next(self._pieces, b"")
-            self._first = self._feed(piece)
+            self._first = self._feed(self._next())
         self.header: Header = self._decoder.header
         if (self.header.min_txid, self.header.max_txid) != (source.min_txid, source.max_txid):
             raise CorruptReplica(self.name, "the header's TXIDs are not those of the name")
@@ -108,10 +109,16 @@ class _Reader:
         except FormatError as error:
             raise CorruptReplica(self.name, str(error)) from error
 
+    def _next(self) -> bytes:
+        try:
+            return next(self._pieces, b"")
+        except CorruptReplica as error:  # under the name by which the caller knows it
+            raise CorruptReplica(self.name, error.reason) from error
+
     def pages(self) -> Iterator[DecodedPage]:
         yield from self._first
         self._first = []
-        for piece in self._pieces:
+        while piece := self._next():
             yield from self._feed(piece)
         self._feed(b"")
 

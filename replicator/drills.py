@@ -89,7 +89,7 @@ class DrillThread:
                 with self._board.changed:
                     self._board.changed.wait_for(self._reached(replica, txid), CATCH_UP_TIMEOUT_S)
                 try:
-                    found = drill(replica.client, self._engine.scratch.folder, txid=txid)
+                    found = drill(replica.client, self._engine.scratch.folder, txid=txid, needs_bytes=self._engine.database_bytes())
                 except TXIDNotAvailable:
                     if last:
                         raise

@@ -393,9 +393,23 @@ class Engine:
         """Write down now and then how far the replicas are; the first time before the table says that something is stored."""
         assert self._known is not None
         now = time.monotonic()
-        if now >= self._known_at + KNOWN_EVERY_S or any(item.txid and not self._known.get(item.url) for item in self.replicas):
+        unreadable = any(not item.client.can_read for item in self.replicas)  # where nothing can be looked up later
+        if (
+            unreadable
+            or now >= self._known_at + KNOWN_EVERY_S
+            or any(item.txid and not self._known.get(item.url) for item in self.replicas)
+        ):
             self._known.note(self.replicas)
             self._known_at = now
+
+    def database_bytes(self) -> int:
+        """Size of the database at the newest TXID."""
+        return self._commit * self._database.page_size
+
+    def rest(self) -> None:
+        """The database has become quiet: write down what is known, so that a kill from now on costs the next start nothing."""
+        if self._known is not None:
+            self._known.note(self.replicas)
 
     def staging_is_full(self) -> bool:
         """True when the staging folder has reached its bound, or the disk is nearly full."""
@@ -576,7 +590,8 @@ class Engine:
             DatabaseStateError: continuity was lost meanwhile.
         """
         with self.lock:
-            if not self.txid or self._resync_reason is not None or self._tails:
+            looked = self._database.is_attached and self._resync_reason is None and not self._tails
+            if not (looked and self.txid and self._commit):
                 raise NotSynced(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
             snapshot = Snapshot(self._database, txid=self.txid, commit=self._commit, position=self._position, folder=self._folder)
             header, xor = self._header(TXID(1), self.txid, self._commit, self._position), self._xor

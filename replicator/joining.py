@@ -100,8 +100,11 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
             table = None
         if fresh:
             staging.clear()
-        lineage = _lineage(online, recorded, table)
+        lineage = new_lineage() if fresh else _lineage(online, recorded, table)
         for replica in online:
+            if fresh and recorded[replica.url] is not None:
+                replica.renew(lineage)
+                recorded[replica.url] = lineage
             replica.join(lineage, recorded[replica.url], known_txid=TXID(0) if force_snapshot else known.get(replica.url))
         head = max(online, key=lambda replica: replica.txid)
         for replica in online:

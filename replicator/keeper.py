@@ -18,10 +18,11 @@ from functools import partial
 
 from replicator.chain import read_file
 from replicator.compactor import compact
-from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError, StorageUnavailable
+from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError, RestoreError, StorageUnavailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
 from replicator.levels import Compact, Files, History, due_compactions, due_snapshot, newest_txid
 from replicator.outbox import OutFile, Staging
+from replicator.plan import plan_restore
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
 from replicator.retention import due_retention, expired_files, safe_to_delete, untrusted_times
@@ -149,12 +150,17 @@ class Keeper:
         except ObjectNotFound:
             self.replica.relist()  # somebody else deletes here, too
             self._is_sound = False
+            self._check_chain()
             raise
         except CorruptReplica as error:
             self._set_aside(task.inputs, error)
             raise
         try:
+            key = (task.level, done.out.min_txid, done.out.max_txid)
+            if key in self._damaged:  # its inputs are still there: it is made again in its own place
+                self.replica.client.delete([info for info in self.replica.listing().get(task.level, ()) if _key(info) == key])
             self.replica.add(done.out)
+            self._damaged.discard(key)
             if isinstance(done.out.body, bytes):
                 self._recent.add(task.level, done.out.min_txid, done.out.max_txid, done.out.body)
         finally:
@@ -173,27 +179,42 @@ class Keeper:
             yield piece
 
     def _set_aside(self, inputs: Iterable[FileInfo], error: CorruptReplica) -> None:
-        """Leave a damaged file out from now on. A full image is due at once, so that what comes later can be restored again."""
+        """Leave a damaged file out from now on."""
         for info in inputs:
             if f"level {info.level} {info.name}" == error.name:
                 self._damaged.add(_key(info))
-                log.error(
-                    "stored file is damaged replica=%s level=%d name=%s; a full image follows", self.replica.url, info.level, info.name
-                )
+                log.error("stored file is damaged replica=%s level=%d name=%s", self.replica.url, info.level, info.name)
+        self._check_chain()
 
     # -- full images -------------------------------------------------------------------------------------------------------------
 
+    def _check_chain(self) -> None:
+        """Find out whether the newest state can be restored. Where it cannot, a full image is due at once, and until then it is a problem."""
+        try:
+            plan_restore(self._sound(self.replica.listing()))
+        except RestoreError as error:
+            if self.problems.get("chain") != str(error):
+                log.error("the newest state cannot be restored, a full image follows replica=%s error=%r", self.replica.url, str(error))
+            self.problems["chain"] = str(error)
+        else:
+            self.problems.pop("chain", None)
+
     def _snapshot_due(self, files: Files, now: float) -> float | None:
-        newest = newest_txid(files.get(SNAPSHOT_LEVEL, ()))
-        if any(high > newest for _, _, high in self._damaged):
-            return now
+        if "chain" in self.problems:
+            return 0.0  # before everything else
         return due_snapshot(files, self.history, now, head=self.replica.txid)
 
     def _snapshot(self) -> None:
-        with self._take_snapshot(newest_txid(self.replica.listing().get(SNAPSHOT_LEVEL, ()))) as out:
+        broken = "chain" in self.problems
+        # A broken chain needs one even where an image of the newest TXID is listed: it is the damaged one then.
+        newest = newest_txid(self.replica.listing().get(SNAPSHOT_LEVEL, ()))
+        with self._take_snapshot(TXID(min(newest, self.replica.txid - 1)) if broken else newest) as out:
             self.replica.add(out)
+        self._damaged.discard((SNAPSHOT_LEVEL, out.min_txid, out.max_txid))
         self.snapshots += 1
         log.info("snapshot complete replica=%s txid=%016x size=%d", self.replica.url, out.max_txid, out.size)
+        if broken:
+            self._check_chain()
 
     # -- retention ---------------------------------------------------------------------------------------------------------------
 
@@ -207,6 +228,7 @@ class Keeper:
             doomed = safe_to_delete(self._sound(files), doomed, self._in_use(self.replica.url), is_sound=self._is_sound)
             self._is_sound = True
         except NonContiguous as error:
+            self._check_chain()
             raise ReplicatorError(f"nothing is deleted, because the chain would be worse: {error}") from error
         if not doomed:
             return

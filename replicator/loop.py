@@ -75,6 +75,7 @@ class EngineThread:
             if news:
                 last_news = time.monotonic()
             elif time.monotonic() - last_news > QUIET_S and not self._watch.armed and self._watch.arm():
+                self._engine.rest()
                 # Look once more: something may have happened before the watch was armed.
                 with board.changed:
                     self._woken = False

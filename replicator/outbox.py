@@ -189,9 +189,12 @@ class Staging:
                 file.body.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all files."""
+        """Remove everything in it."""
         for path in self.folder.iterdir():
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class Spool:

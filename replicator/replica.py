@@ -12,14 +12,16 @@ import logging
 import secrets
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from replicator.chain import list_files
+from replicator.chain import list_files, read_file
 from replicator.errors import (
+    CorruptReplica,
     Fenced,
+    FormatError,
     LineageMismatch,
     NonContiguous,
     ObjectNotFound,
@@ -29,7 +31,7 @@ from replicator.errors import (
     RestoreError,
     StorageError,
 )
-from replicator.format.ltx import LTX_HEADER_SIZE, TRAILER_SIZE, TXID, FileInfo, decode_header
+from replicator.format.ltx import LTX_HEADER_SIZE, TRAILER_SIZE, TXID, Decoder, FileInfo, decode_header
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
@@ -39,6 +41,7 @@ __all__ = ["Replica", "new_lineage", "read_lineage"]
 
 LINEAGE = "pyrepl/lineage.json"
 COMPARE_BYTES = 1 << 20
+READ_SLICE_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,10 @@ def read_lineage(client: ReplicaClient) -> bytes | None:
     if len(lineage) != 16:
         raise StorageError(f"unreadable lineage file: {client.url}/{LINEAGE}", hint="restore the object, or replicate to a new path")
     return lineage
+
+
+def _lineage_document(lineage: bytes) -> bytes:
+    return json.dumps({"lineage": lineage.hex()}).encode() + b"\n"
 
 
 def new_lineage() -> bytes:
@@ -92,6 +99,7 @@ class Replica:
         self._lineage = b""
         self._guard = threading.Lock()
         self._files: dict[int, list[FileInfo]] = {}
+        self._meanwhile: list[Callable[[], None]] | None = None
 
     @property
     def url(self) -> str:
@@ -119,6 +127,18 @@ class Replica:
             self.txid, self.needs_image = newest, True
         return read_lineage(self.client)
 
+    def renew(self, lineage: bytes) -> None:
+        """Give an empty replica that records another lineage this one: its TXIDs begin anew, and whoever followed the old ones must notice.
+
+        Raises:
+            LineageMismatch: somebody else has done so at this moment.
+        """
+        try:
+            stored = self.client.get_control(LINEAGE)
+            self.client.put_control(LINEAGE, _lineage_document(lineage), if_match=stored.etag)
+        except (ObjectNotFound, PreconditionFailed):
+            raise LineageMismatch(self.url, expected=lineage.hex(), got=(read_lineage(self.client) or b"").hex()) from None
+
     def join(self, lineage: bytes, recorded: bytes | None, *, known_txid: int) -> None:
         """Bind the replica to a lineage, writing it where none is recorded.
 
@@ -136,7 +156,7 @@ class Replica:
             raise ReplicaEmptied(self.url, expected=known_txid, got=self.txid)
         if recorded is None:
             try:
-                self.client.put_control(LINEAGE, json.dumps({"lineage": lineage.hex()}).encode() + b"\n", if_absent=True)
+                self.client.put_control(LINEAGE, _lineage_document(lineage), if_absent=True)
             except PreconditionFailed:
                 now = self.open()
                 if now != lineage:
@@ -155,10 +175,15 @@ class Replica:
 
     def relist(self) -> None:
         """Ask the store what is there."""
+        with self._guard:
+            self._meanwhile = []
         found = list_files(self.client)
         with self._guard:
+            changes, self._meanwhile = self._meanwhile, None
             self._files = found
         self.listed = True
+        for change in changes or ():  # stored or deleted by other threads while the store was listing
+            change()
 
     def assume(self, txid: TXID) -> None:
         """Take a position on trust, of a store that may be written and not listed."""
@@ -167,6 +192,8 @@ class Replica:
     def record(self, info: FileInfo) -> None:
         """Take note of a file that is stored now."""
         with self._guard:
+            if self._meanwhile is not None:
+                self._meanwhile.append(lambda: self.record(info))
             level = self._files.setdefault(info.level, [])
             at = bisect_left(level, info)
             if at < len(level) and level[at] == info:
@@ -176,8 +203,11 @@ class Replica:
 
     def forget(self, files: Iterable[FileInfo]) -> None:
         """Take note of files that are deleted."""
+        files = list(files)
         gone = {(info.level, info.min_txid, info.max_txid) for info in files}
         with self._guard:
+            if self._meanwhile is not None:
+                self._meanwhile.append(lambda: self.forget(files))
             for level, infos in self._files.items():
                 self._files[level] = [info for info in infos if (level, info.min_txid, info.max_txid) not in gone]
 
@@ -213,15 +243,31 @@ class Replica:
         self.last_stored_at = datetime.now(UTC)
 
     def add(self, file: OutFile) -> None:
-        """Store a merged file or a full image beside the chain. One that stands there already is as good: it holds the same states."""
+        """Store a merged file or a full image beside the chain. A sound one that stands there already is as good: it holds the same states."""
         try:
             self._store(file)
         except Fenced:
-            stored = [info for info in self.client.list(file.level, seek=file.min_txid) if info.max_txid == file.max_txid]
-            for info in stored:
-                self.record(info)
-            return
+            stored = [info for info in self.client.list(file.level, seek=file.min_txid) if _key(info) == _key(_info(file))]
+            if stored and self._is_sound(stored[0]):
+                self.record(stored[0])
+                return
+            self.client.delete(stored)  # damaged: this one takes its place
+            self._store(file)
         self._sent(file)
+
+    def _is_sound(self, info: FileInfo) -> bool:
+        """Read a stored file to its end; True also where nothing can be read back."""
+        if not self.client.can_read:
+            return True
+        decoder = Decoder()
+        try:
+            for data in read_file(self.client, info):
+                for at in range(0, len(data), READ_SLICE_BYTES):
+                    decoder.feed(data[at : at + READ_SLICE_BYTES])
+            decoder.close()
+        except (FormatError, CorruptReplica):
+            return False
+        return True
 
     def holds_own(self, file: OutFile) -> bool:
         """True when this process itself has stored a file of that level and range, be it with other bytes; takes note of it then."""
@@ -287,6 +333,10 @@ def _cover(files: Sequence[FileInfo], txid: TXID, target: TXID) -> list[FileInfo
         found.append(best)
         txid = best.max_txid
     return found
+
+
+def _key(info: FileInfo) -> tuple[int, int, int]:
+    return info.level, info.min_txid, info.max_txid
 
 
 def _trailer(client: ReplicaClient, info: FileInfo) -> bytes:

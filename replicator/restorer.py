@@ -25,6 +25,7 @@ from replicator.chain import Progress, list_files, read_chain
 from replicator.errors import (
     IntegrityCheckFailed,
     NoBackups,
+    NonContiguous,
     ObjectNotFound,
     OutputExists,
     ReplicatorError,
@@ -39,7 +40,7 @@ from replicator.plan import plan_restore
 from replicator.restores import Announcement, announce
 from replicator.storage.base import ReplicaClient
 
-__all__ = ["IntegrityCheck", "RestoreResult", "find_plan", "first_answer", "restore_database", "temporary_paths"]
+__all__ = ["IntegrityCheck", "RestoreResult", "find_plan", "first_answer", "newest_first", "restore_database", "temporary_paths"]
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +129,43 @@ def restore_database(
                     client, output, started, announcement, txid=txid, timestamp=timestamp, force=force, integrity_check=integrity_check,
                     parallelism=parallelism, progress=progress, rollback_mode=rollback_mode, published=published,
                 )  # fmt: skip
-            except ObjectNotFound:
+            except (ObjectNotFound, NonContiguous):
                 if attempt == REPLANS:
                     raise
-                # Retention runs meanwhile: there is another way to the same state.
+                # Files are merged and deleted meanwhile: there is another way to the same state.
     raise AssertionError("unreachable")
+
+
+def newest_first(
+    clients: Sequence[ReplicaClient], *, timestamp: datetime | None = None, all_must_answer: bool = False
+) -> list[ReplicaClient]:
+    """Order the replicas of one database by how far they lead: one may lack what another one acknowledged.
+
+    Args:
+        timestamp: by how close they come to it; else by their newest TXID.
+        all_must_answer: one that cannot be asked is an error, because it may be ahead; else it comes last.
+
+    Raises:
+        StorageError: see `all_must_answer`.
+    """
+    if len(clients) < 2:
+        return list(clients)
+    reach: dict[int, float] = {}
+    for number, client in enumerate(clients):
+        try:
+            last = find_plan(client, timestamp=timestamp)[-1]
+            reach[number] = last.created_at.timestamp() if timestamp is not None else last.max_txid
+        except RestoreError as error:
+            log.warning("replica passed over, the next one is tried replica=%s error=%s", client.url, json.dumps(str(error)))
+            reach[number] = -1
+        except StorageError as error:
+            if all_must_answer:
+                raise
+            log.warning(
+                "replica passed over, although it may be ahead of the others replica=%s error=%s", client.url, json.dumps(str(error))
+            )
+            reach[number] = -2
+    return [clients[number] for number in sorted(reach, key=lambda number: -reach[number])]
 
 
 def first_answer(clients: Sequence[ReplicaClient], ask: Callable[[ReplicaClient], T]) -> T:

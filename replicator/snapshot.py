@@ -55,10 +55,13 @@ class Snapshot:
 
     def preserve(self, changes: Changes) -> None:
         """Save the images that `changes` is about to replace or cut off, then follow the engine to their end."""
-        for pgno in changes.pgnos.tolist():
-            self._save(pgno)
-        for pgno in range(max(self._next, changes.commit + 1), self.commit + 1):
-            self._save(pgno)
+        try:
+            for pgno in changes.pgnos.tolist():
+                self._save(pgno)
+            for pgno in range(max(self._next, changes.commit + 1), self.commit + 1):
+                self._save(pgno)
+        except OSError as error:
+            self.cancel(f"cannot save a page that is overwritten: {(error.strerror or str(error)).lower()}")  # replication goes on
         if changes.end.salts != self._salts:
             self._salts = changes.end.salts
             self._overlay = {}

@@ -14,10 +14,10 @@ in step with the database, and a drill on a schedule is compared with the table 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
-import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +53,8 @@ __all__ = ["Drill", "Verdict", "drill", "verify"]
 READ_BYTES = 1 << 20
 ATTEMPTS = 3
 POLL_S = 0.2
+PREFIX = ".pyrepl-drill-"
+DISK_RESERVE_BYTES = 64 << 20
 
 Finding = Literal["agrees", "behind", "differs", "damaged"]
 
@@ -106,13 +108,20 @@ def drill(
     *,
     txid: TXID | None = None,
     quick: bool = False,
+    needs_bytes: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Drill:
     """Restore into a temporary file in `folder`, check, and remove it again.
 
+    Args:
+        needs_bytes: size of the database; a disk that has no room for it is an error, because the last of it belongs to the application.
+
     Raises:
+        OSError: no room.
         RestoreError, StorageError: it does not come back; `IntegrityCheckFailed` when SQLite finds fault with it.
     """
+    if needs_bytes and shutil.disk_usage(folder).free < needs_bytes + DISK_RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, "no room for a drill restore", str(folder))
     with _temporary_folder(folder) as inside:
         path = inside / "drill.db"
         result = restore_database(client, path, txid=txid, integrity_check="quick" if quick else "full", progress=progress)
@@ -173,7 +182,8 @@ def _compare(
         state = PageTable.read_state(folder / "pages")
         wanted = state.txid if state is not None and state.txid else None
         try:
-            found = drill(client, folder if folder.is_dir() else path.parent, txid=wanted, quick=quick, progress=progress)
+            room = folder if folder.is_dir() else path.parent
+            found = drill(client, room, txid=wanted, quick=quick, needs_bytes=path.stat().st_size, progress=progress)
         except TXIDNotAvailable as error:
             if time.monotonic() < end:
                 time.sleep(POLL_S)  # the replica lags, or the state was merged away meanwhile
@@ -292,9 +302,34 @@ def _chunks(file: int, page_size: int) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    inside = Path(tempfile.mkdtemp(prefix=".pyrepl-drill-", dir=folder))
+    """Yield a new folder, and remove it at the end; those of processes that died are removed before."""
+    for left in folder.glob(f"{PREFIX}*"):
+        _remove_if_dead(left)
+    while True:
+        inside = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        lock = os.open(inside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if inside.exists():
+                break
+        os.close(lock)  # somebody took it for a dead one's
     try:
         yield inside
     finally:
-        with contextlib.suppress(OSError, sqlite3.Error):
+        with contextlib.suppress(OSError):
             shutil.rmtree(inside)
+        os.close(lock)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

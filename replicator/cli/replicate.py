@@ -144,9 +144,11 @@ class _Member:
         if not self._restore_missing or self.path.exists():
             return
         from replicator.api import restore
+        from replicator.restorer import newest_first
 
         try:
-            result = restore(self._clients, self.path)
+            # Only when all have been asked: what is restored is written to all of them, and one that is away may be ahead.
+            result = restore(newest_first(self._clients, all_must_answer=True), self.path)
             log.info("restored db path=%s txid=%016x", self.path, result.txid)
         except NoBackups:
             log.info("nothing to restore path=%s", self.path)

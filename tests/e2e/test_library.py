@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -23,6 +24,7 @@ from replicator.errors import (
     WaitTimeout,
 )
 from replicator.format.ltx import TXID, decode_file
+from replicator.replica import read_lineage
 from replicator.restorer import restore_database
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
@@ -421,4 +423,25 @@ def test_a_database_at_rest_wakes_nobody_and_a_commit_wakes_the_engine(tmp_path:
         insert(application, 5)
         engine.wait(before + 1, timeout_s=5)  # nobody asks for a look: the file event does it
         assert looks
+    application.close()
+
+
+def test_a_history_that_begins_anew_gets_a_new_lineage(tmp_path: Path) -> None:
+    """Whoever follows the old one must not take the new TXIDs for its continuation."""
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    with Replicator(database, url):
+        insert(application, 5)
+    before = read_lineage(open_client(url))
+    shutil.rmtree(tmp_path / "replica/ltx")
+    shutil.rmtree(tmp_path / ".a.db-litestream")
+    with Replicator(database, url) as engine:
+        assert engine.wait(timeout_s=TIMEOUT_S) == 1
+    after = read_lineage(open_client(url))
+    assert before is not None
+    assert after is not None
+    assert after != before
+    with Replicator(database, url) as engine:
+        assert engine.wait(timeout_s=TIMEOUT_S) == 1
+    assert read_lineage(open_client(url)) == after
     application.close()

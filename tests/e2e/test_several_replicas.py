@@ -611,3 +611,28 @@ def test_a_replica_of_another_lineage_is_refused(tmp_path: Path) -> None:
         application.close()
     with pytest.raises(LineageMismatch):
         Replicator(tmp_path / "a.db", *clients).start()
+
+
+def test_a_replica_gets_its_image_while_the_engine_waits_for_that_replica(tmp_path: Path) -> None:
+    """One was away and its entries are gone; the other one dies, and the staging folder is full: the first comes back."""
+    database, one, two = tmp_path / "a.db", Flaky("one"), Flaky("two")
+    application = connect(database)
+    with Replicator(database, one, two, staging_limit_bytes=300_000, history=None) as replicator:
+        insert(application, 5)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        one.down = True
+        for _ in range(3):
+            insert(application, 5)
+            replicator.wait(replicas=[two.url], timeout_s=TIMEOUT_S)
+        with replicator._board.changed:
+            replicator._board._outbox.clear()  # as when they became many
+        two.down = True
+        until(lambda: insert(application, 20, size=3000) or replicator._engine.staging_is_full())
+        until(lambda: "staging folder is full" in (replicator.status().error or ""))
+        one.down = False
+        until(lambda: replicator.status().replicas[0].txid > 4)
+        two.down = False
+        replicator.wait(timeout_s=TIMEOUT_S)
+        expected = checkpointed_bytes(database, tmp_path)
+        assert restored(one, tmp_path).read_bytes() == restored(two, tmp_path).read_bytes() == expected
+    application.close()

@@ -18,7 +18,7 @@ from replicator import Replicator
 from replicator.errors import DatabaseNotFound, NotADatabase, NotWALMode
 from replicator.format.ltx import TXID, decode_file, encode_file
 from replicator.storage import open_client
-from replicator.verify import Verdict, verify
+from replicator.verify import Verdict, drill, verify
 from tests.e2e.databases import connect, insert
 
 TIMEOUT_S = 60
@@ -245,3 +245,20 @@ def test_drills_on_a_schedule_show_in_status_and_metrics(tmp_path: Path) -> None
         assert status.replicas[0].verified is not None
         assert stored.name in str(status.replicas[0].verified.error)
     pair.application.close()
+
+
+def test_what_a_killed_drill_left_behind_stops_nothing_and_is_removed(tmp_path: Path, pair: Pair) -> None:
+    left = [tmp_path / ".a.db-litestream/pyrepl/scratch/.pyrepl-drill-x", tmp_path / ".a.db-litestream/pyrepl/.pyrepl-drill-y"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "drill.db").write_bytes(b"x")
+    pair.replicate()
+    assert not left[0].exists()
+    assert pair.verify().finding == "agrees"
+    assert not left[1].exists()
+
+
+def test_a_drill_without_room_on_the_disk_is_an_error_and_takes_none(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="no room for a drill restore"):
+        drill(open_client(pair.url), tmp_path, needs_bytes=1 << 60)
+    assert list(tmp_path.glob(".pyrepl-drill-*")) == []

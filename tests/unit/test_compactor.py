@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -161,3 +162,42 @@ def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging) -> Non
     tracemalloc.stop()
     assert done.taken == 8
     assert peak < 100 << 20
+
+
+def test_damage_is_named_as_the_caller_knows_the_file_whatever_the_store_calls_it(scratch: Staging) -> None:
+    client = MemoryClient()
+    files = [put(client, 1, 1, 1, [1]), put(client, 2, 2, 1, [1])]
+
+    def read(info: FileInfo) -> Iterator[bytes]:
+        if info.max_txid == 2:
+            raise CorruptReplica("age+somewhere/else", "not to be decrypted")
+        yield from reading(client)(info)
+
+    with pytest.raises(CorruptReplica, match="not to be decrypted") as caught:
+        compact(files, 1, read, scratch)
+    assert caught.value.name == f"level 0 {files[1].name}"
+
+
+def test_many_runs_do_not_stay_in_memory(scratch: Staging) -> None:
+    client = MemoryClient()
+    noise = [random.Random(n).randbytes(65536) for n in range(3)]
+    files = []
+    for txid in range(1, 40 * FAN_IN):
+        header = Header(65536, 3, TXID(txid), TXID(txid), 1)
+        body = encode_file(header, [(n + 1, noise[(n + txid) % 3]) for n in range(3 if txid == 1 else 1)])
+        files.append(client.put(0, TXID(txid), TXID(txid), body, timestamp_ms=1))
+    tracemalloc.start()
+    done = compact(files, 1, reading_whole(client), scratch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert done.taken == len(files)
+    assert peak < 40 << 20
+    assert list(scratch.folder.iterdir()) == []
+
+
+def reading_whole(client: MemoryClient):
+    def read(info: FileInfo) -> Iterator[bytes]:
+        with client.open(info) as stream:
+            yield stream.read()
+
+    return read

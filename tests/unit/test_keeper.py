@@ -11,7 +11,7 @@ import pytest
 from replicator.chain import list_files
 from replicator.compactor import compact
 from replicator.errors import AccessDenied, StorageUnavailable
-from replicator.format.ltx import TXID
+from replicator.format.ltx import TXID, decode_file
 from replicator.levels import History
 from tests.simulated import CountingClient, Simulation
 
@@ -277,3 +277,96 @@ def test_images_in_use_survive_retention(tmp_path: Path) -> None:
     simulation.write()
     simulation.advance(2 * HOUR)
     assert TXID(2) not in [info.max_txid for info in list_files(simulation.client)[9]]
+
+
+def drained(simulation: Simulation, limit: int = 100) -> int:
+    """Let the keeper do all that is due now and later; a keeper that spins does not end."""
+    steps = 0
+    while (due := simulation.keeper.due()) is not None:
+        simulation.now = max(simulation.now, due)
+        simulation.keeper.step()
+        steps += 1
+        assert steps < limit, "the keeper does the same again and again"
+    return steps
+
+
+def damage(simulation: Simulation, level: int, index: int, *, cut: bool = False) -> None:
+    """Change a stored file, of which this process has no copy."""
+    victim = simulation.replica.listing()[level][index]
+    with simulation.client.open(victim) as stream:
+        data = bytearray(stream.read())
+    data[len(data) // 2] ^= 1
+    body = bytes(data[:-40] if cut else data)
+    simulation.client.put(level, victim.min_txid, victim.max_txid, body, timestamp_ms=int(victim.created_at.timestamp() * 1000))
+    simulation.recent._bodies.clear()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_damaged_merged_file_is_made_again_in_its_place(tmp_path: Path, level: int) -> None:
+    simulation = Simulation(tmp_path)
+    for _ in range(12):
+        simulation.write()
+        simulation.advance(20)
+    simulation.advance(400 if level == 2 else 40)
+    damage(simulation, level, -1)
+    before = simulation.client.requests["PUT"]
+    drained(simulation)
+    assert simulation.client.requests["PUT"] - before < 10
+    assert simulation.keeper.problems == {}
+    assert simulation.restored(tmp_path / "r.db") == (simulation.states[12][1], 12)
+    assert simulation.check_every_restorable_txid(tmp_path / "r.db") >= 2
+
+
+def test_a_raw_file_that_vanishes_before_it_was_merged_leads_to_a_full_image_at_once(tmp_path: Path) -> None:
+    simulation = Simulation(tmp_path)
+    for _ in range(10):
+        simulation.write()
+    simulation.recent._bodies.clear()
+    simulation.client.delete([simulation.replica.listing()[0][4]])
+    simulation.advance(60)
+    assert simulation.keeper.snapshots == 1
+    assert simulation.keeper.problems == {}
+    assert simulation.restored(tmp_path / "r.db") == (simulation.states[10][1], 10)
+
+
+def test_a_raw_file_that_was_cut_short_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.chain.RETRY_DELAYS_S", ())
+    simulation = Simulation(tmp_path)
+    for _ in range(10):
+        simulation.write()
+    damage(simulation, 0, 4, cut=True)
+    simulation.advance(60)
+    assert simulation.keeper.snapshots == 1
+    assert simulation.restored(tmp_path / "r.db") == (simulation.states[10][1], 10)
+
+
+def test_a_damaged_full_image_is_replaced(tmp_path: Path) -> None:
+    simulation = Simulation(tmp_path)
+    for _ in range(3):
+        simulation.write()
+    simulation.advance(2 * DAY)
+    assert simulation.keeper.snapshots == 1
+    damage(simulation, 9, 0)
+    with simulation.take_snapshot(TXID(0)) as out:
+        simulation.replica.add(out)
+    [info] = simulation.client.list(9)
+    with simulation.client.open(info) as stream:
+        decode_file(stream.read())
+
+
+def test_a_file_that_is_stored_while_the_store_is_listed_is_not_forgotten(tmp_path: Path) -> None:
+    class Slow(CountingClient):
+        meanwhile = None
+
+        def list(self, level, **options):
+            found = list(super().list(level, **options))
+            if level == 0 and self.meanwhile is not None:
+                self.meanwhile, do = None, self.meanwhile
+                do()
+            return iter(found)
+
+    simulation = Simulation(tmp_path, client=Slow())
+    simulation.write()
+    simulation.client.meanwhile = simulation.write
+    simulation.replica.relist()
+    assert [info.max_txid for info in simulation.replica.listing()[0]] == [1, 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from replicator.errors import (
     TimestampNotAvailable,
 )
 from replicator.format.ltx import TXID, FileInfo, Header, encode_file, index_range
-from replicator.restorer import restore_database
+from replicator.restorer import newest_first, restore_database
 from replicator.storage.base import created_at
 from replicator.storage.memory import MemoryClient
 
@@ -320,15 +320,66 @@ def test_the_next_replica_is_tried_and_the_bad_one_named(tmp_path: Path, bad: Me
     result = replicator.restore([bad, good], tmp_path / "out.db")
     assert (result.txid, result.url) == (3, "memory://good")
     [record] = caplog.records
-    assert "replica passed over, the next one is tried replica=memory://bad error=" in record.getMessage()
+    assert "replica passed over" in record.getMessage()
+    assert "replica=memory://bad error=" in record.getMessage()
 
 
-def test_when_all_replicas_fail_the_first_error_is_raised(tmp_path: Path) -> None:
-    with pytest.raises(StorageUnavailable, match="connection refused"):
+def test_when_all_replicas_fail_the_error_of_the_one_that_leads_furthest_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(CorruptReplica, match="checksum mismatch"):
         replicator.restore([Down(), MemoryClient(), damaged()], tmp_path / "out.db")
+    with pytest.raises(StorageUnavailable, match="connection refused"):
+        replicator.restore([MemoryClient(), Down()], tmp_path / "out.db")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="no replicas"):
         replicator.restore([], tmp_path / "out.db")
+
+
+def test_of_several_replicas_the_one_that_leads_furthest_is_restored(tmp_path: Path) -> None:
+    """A replica may have been away while another one acknowledged: what stands first is not what is newest."""
+    behind, ahead = MemoryClient(), MemoryClient()
+    behind.url, ahead.url = "memory://behind", "memory://ahead"
+    chain_of_three(ahead)
+    store(behind, 0, 1, 1, 4, [1, 2, 3, 4])
+    assert replicator.restore([behind, ahead], tmp_path / "newest.db").url == "memory://ahead"
+    when = datetime.fromtimestamp((1_800_000_000_000 + 1) / 1000, UTC) + timedelta(milliseconds=1)
+    store(behind, 9, 1, 5, 4, [1, 2, 3, 4])  # filled by an image after an outage: what lies between is not there
+    assert replicator.restore([behind, ahead], tmp_path / "image.db").url == "memory://behind"
+    between = replicator.restore([behind, ahead], tmp_path / "between.db", timestamp=when + timedelta(milliseconds=1))
+    assert (between.url, between.txid) == ("memory://ahead", 2)
+
+
+def test_all_replicas_must_answer_before_a_lost_database_begins_anew(tmp_path: Path) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    assert newest_first([MemoryClient(), client], all_must_answer=True)[0] is client
+    with pytest.raises(StorageUnavailable):
+        newest_first([client, Down()], all_must_answer=True)
+
+
+def test_raw_files_are_listed_before_all_others() -> None:
+    """What is merged and deleted between two listings is then found in the level above."""
+
+    class Moving(MemoryClient):
+        kind = "s3"
+        listed: list[int] = []
+
+        def list(self, level, **options):
+            self.listed.append(level)
+            return super().list(level, **options)
+
+    client = Moving()
+    chain.list_files(client)
+    assert client.listed[0] == 0
+    assert sorted(client.listed) == list(range(10))
+
+
+def test_an_object_that_is_shorter_than_it_was_listed_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MemoryClient()
+    store(client, 0, 1, 1, 4, [1, 2, 3, 4])
+    [info] = client.list(0)
+    replace(client, 1, read(client, 1)[:100])
+    with pytest.raises(CorruptReplica, match=f"{info.name}: the stream ended at 100 of {info.size} bytes"):
+        list(chain.read_file(client, info, sleep=lambda _: None))
 
 
 def test_an_existing_output_is_not_the_replicas_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
