@@ -49,7 +49,7 @@ from replicator.restorer import IntegrityCheck, restore_database, temporary_path
 from replicator.restores import announce
 from replicator.storage.base import ReplicaClient
 
-__all__ = ["Follower", "follow", "read_txid", "txid_path"]
+__all__ = ["Follower", "follow", "lineage_path", "read_txid", "txid_path"]
 
 GAP_TICKS = 3
 LOOK_TICKS = 60
@@ -138,6 +138,26 @@ def read_txid(output: Path) -> TXID | None:
     return TXID(int(text, 16))
 
 
+def lineage_path(output: Path) -> Path:
+    """Return the path of the file that says of which history a copy is: TXIDs of another one mean something else."""
+    return output.with_name(f"{output.name}-lineage")
+
+
+def _read_lineage(output: Path) -> bytes | None:
+    """None for a copy that Litestream began, which knows no lineages: the first one that is seen is taken."""
+    try:
+        text = lineage_path(output).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(r"[0-9a-f]{32}", text):
+        raise CannotResume(output, "the -lineage file is not readable")
+    return bytes.fromhex(text)
+
+
+def _write_lineage(output: Path, lineage: bytes) -> None:
+    write_file(lineage_path(output), f"{lineage.hex()}\n".encode(), mode=output.stat().st_mode & 0o666)
+
+
 def _find_txid(output: Path, force: bool) -> TXID | None:
     """Return where to go on, None to begin. Sweeps what killed processes left."""
     if output.parent.is_dir():
@@ -189,6 +209,8 @@ def _begin(
 ) -> TXID:
     with contextlib.suppress(FileNotFoundError):
         # Left from an earlier copy. It must never stand beside the new one.
+        lineage_path(output).unlink()
+    with contextlib.suppress(FileNotFoundError):
         txid_path(output).unlink()
         sync_directory(output.parent)
 
@@ -235,7 +257,7 @@ class Follower:
     ) -> None:
         self.txid = txid
         self._client, self._copy, self._applied, self._restores_folder = client, copy, applied, restores_folder
-        self._lineage: bytes | None = None
+        self._lineage = _read_lineage(copy.path)
         self._ticks = 0
         self._failed = 0
         self._outages = 0
@@ -317,7 +339,9 @@ class Follower:
         lineage = read_lineage(self._client)
         if self._lineage is not None and lineage is not None and lineage != self._lineage:
             raise LineageMismatch(self._client.url, expected=self._lineage.hex(), got=lineage.hex())
-        self._lineage = lineage or self._lineage
+        if lineage is not None and self._lineage is None:
+            _write_lineage(self._copy.path, lineage)
+            self._lineage = lineage
 
     def _changes(self, plan: Sequence[FileInfo], stop: threading.Event) -> Generator[_Change, None, None]:
         """Fetch and verify the planned files, and yield what to apply. Small files become one change, up to a bound."""

@@ -316,6 +316,22 @@ def test_another_lineage_is_an_error_before_anything_is_applied(tmp_path: Path, 
     assert is_at(tmp_path / "copy.db", history, 5)
 
 
+def test_another_lineage_is_an_error_after_a_restart_too(tmp_path: Path, history: History) -> None:
+    """A history that began anew under the same URL: its TXIDs go on where the copy stands, and mean something else."""
+    client = started(history, tmp_path)
+    client.put_control("pyrepl/lineage.json", b'{"lineage": "' + b"a" * 32 + b'"}')
+    with Session(client, tmp_path) as follower:
+        follower.tick(NEVER)
+    client.put_control("pyrepl/lineage.json", b'{"lineage": "' + b"b" * 32 + b'"}')
+    history.put(client, 0, 6, 6)
+    with Session(client, tmp_path) as follower, pytest.raises(LineageMismatch):
+        follower.try_tick(NEVER)
+    assert is_at(tmp_path / "copy.db", history, 5)
+    follow.lineage_path(tmp_path / "copy.db").write_text("nonsense")
+    with pytest.raises(CannotResume, match="-lineage"), Session(client, tmp_path):
+        pass
+
+
 def outcome(follower: Follower) -> str:
     try:
         follower.try_tick(NEVER)
