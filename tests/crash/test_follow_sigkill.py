@@ -128,7 +128,7 @@ def kill_rounds(folder: Path, rounds: int) -> None:
     assert (child.returncode, errors) == (0, "")
     assert committed_number(output) == writer.number
     assert plain(output) == plain(restored(url, folder))
-    assert sorted(path.name for path in output.parent.iterdir()) == ["copy.db", "copy.db-txid"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["copy.db", "copy.db-lineage", "copy.db-txid"]
     assert hot, "no kill hit a change: the test proves nothing"
     writer.connection.close()
 
