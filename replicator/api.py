@@ -30,9 +30,10 @@ from replicator.keeper import Keeper
 from replicator.levels import History
 from replicator.loop import EngineThread
 from replicator.outbox import OutFile
+from replicator.publish import IntegrityCheck
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
-from replicator.restorer import IntegrityCheck, RestoreResult, first_answer, restore_database
+from replicator.restorer import RestoreResult, first_answer, restore_database
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
