@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
 
@@ -25,6 +26,7 @@ from replicator.drills import DrillResult, DrillThread
 from replicator.engine import Engine, NotSynced
 from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageUnavailable
 from replicator.format.ltx import TXID, parse_txid
+from replicator.format.v3 import parse_index
 from replicator.images import Images
 from replicator.keeper import Keeper
 from replicator.levels import History
@@ -33,11 +35,12 @@ from replicator.outbox import OutFile
 from replicator.publish import IntegrityCheck
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
-from replicator.restorer import RestoreResult, first_answer, restore_database
+from replicator.restorer import RestoreResult, first_answer
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.uploader import KeeperThread, Uploader, start_thread, waiting_snapshot
+from replicator.v3restore import restore_any
 
 __all__ = ["ReplicaStatus", "Replicator", "Status", "restore"]
 
@@ -370,18 +373,22 @@ def restore(
     *,
     txid: int | str | None = None,
     timestamp: datetime | str | None = None,
+    generation: str | None = None,
+    index: int | str | None = None,
     force: bool = False,
     integrity_check: IntegrityCheck = "none",
     parallelism: int = 8,
     progress: Callable[[Progress], None] | None = None,
 ) -> RestoreResult:
-    """Restore a database from a replica.
+    """Restore a database from a replica, of Litestream's LTX format or of 0.3's.
 
     Args:
         url: of the replica, or a client; or several, of which the first is used that is reachable, not empty and not damaged.
         output: path of the database to write.
         txid: restore this state (a number, or 16 hex digits).
-        timestamp: restore the last state before this time (aware, or RFC 3339).
+        timestamp: restore the last state before this time (aware, or RFC 3339). 0.3 data: at this time.
+        generation: restore from this generation of the 0.3 format.
+        index: restore the 0.3 format's WAL files up to this one (a number, or hex digits).
         force: replace an existing output.
         integrity_check: "quick" or "full": let SQLite check the file before it is published.
         parallelism: files that are read at once.
@@ -392,12 +399,19 @@ def restore(
     """
     if txid is not None and timestamp is not None:
         raise ConfigError("cannot specify txid and timestamp to restore")
+    if index is not None and timestamp is not None:
+        raise ConfigError("cannot specify index and timestamp to restore")
+    if txid is not None and (index is not None or generation is not None):
+        raise ConfigError("cannot specify txid together with a generation or an index")
     if isinstance(txid, str):
         txid = parse_txid(txid)
-    if isinstance(timestamp, str):
-        timestamp = parse_timestamp(timestamp)
-    if timestamp is not None and timestamp.tzinfo is None:
+    if isinstance(index, str):
+        index = parse_index(index)
+    if isinstance(timestamp, datetime) and timestamp.tzinfo is None:
         raise ConfigError("timestamp has no time zone", hint="give an aware datetime, or RFC 3339 text with Z or an offset")
+    timestamp_ns = None
+    if timestamp is not None:
+        timestamp_ns = parse_timestamp(timestamp) if isinstance(timestamp, str) else _nanoseconds(timestamp)
     replicas = [url] if isinstance(url, str) or not isinstance(url, Sequence) else list(url)
     with contextlib.ExitStack() as stack:
         clients: list[ReplicaClient] = []
@@ -408,11 +422,13 @@ def restore(
             clients.append(replica)
 
         def from_one(client: ReplicaClient) -> RestoreResult:
-            return restore_database(
+            return restore_any(
                 client,
                 Path(os.path.abspath(output)),
                 txid=None if txid is None else TXID(txid),
-                timestamp=timestamp,
+                timestamp_ns=timestamp_ns,
+                generation=generation,
+                index=index,
                 force=force,
                 integrity_check=integrity_check,
                 parallelism=parallelism,
@@ -422,12 +438,17 @@ def restore(
         return first_answer(clients, from_one)
 
 
-def parse_timestamp(text: str) -> datetime:
-    """Read RFC 3339. Raises `ConfigError`."""
+def parse_timestamp(text: str) -> int:
+    """Read RFC 3339, and return nanoseconds since 1970. Raises `ConfigError`."""
+    found = re.fullmatch(r"(.*:\d\d)\.(\d+)(.*)", text, re.DOTALL)  # more digits than datetime has
     try:
-        when = datetime.fromisoformat(text)
+        when = datetime.fromisoformat(found[1] + found[3] if found else text)
     except ValueError:
         when = None
     if when is None or when.tzinfo is None:
         raise ConfigError("invalid -timestamp, must specify in ISO 8601 format (e.g. 2000-01-01T00:00:00Z)")
-    return when.astimezone(UTC)
+    return _nanoseconds(when) + (int(found[2][:9].ljust(9, "0")) if found else 0)
+
+
+def _nanoseconds(when: datetime) -> int:
+    return (when - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000

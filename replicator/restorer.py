@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from replicator.publish import IntegrityCheck, restore_into
 from replicator.restores import Announcement
 from replicator.storage.base import ReplicaClient
 
-__all__ = ["RestoreResult", "find_plan", "first_answer", "restore_database", "write_plan"]
+__all__ = ["RestoreResult", "find_plan", "first_answer", "plan_files", "restore_database", "write_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """What was restored. Sizes in bytes, `commit` in pages, `timestamp` the time of the newest file, `url` the replica."""
+    """What was restored. Sizes in bytes, `commit` in pages, `timestamp` the time of the newest file, `url` the replica.
+
+    From 0.3 data: `generation` and the last `index`, and no TXID (0). From LTX files both say nothing.
+    """
 
     output: Path
     txid: TXID
@@ -49,6 +52,8 @@ class RestoreResult:
     bytes_read: int
     duration_s: float
     url: str
+    generation: str = ""
+    index: int = 0
 
 
 def find_plan(client: ReplicaClient, *, txid: TXID | None = None, timestamp: datetime | None = None) -> list[FileInfo]:
@@ -58,12 +63,23 @@ def find_plan(client: ReplicaClient, *, txid: TXID | None = None, timestamp: dat
         NoBackups: nothing is stored.
         TXIDNotAvailable, TimestampNotAvailable, NonContiguous: there is no way to the asked state.
     """
-    files = list_files(client, accurate_times=timestamp is not None)
+    return plan_files(client.url, list_files(client, accurate_times=timestamp is not None), txid=txid, timestamp=timestamp)
+
+
+def plan_files(
+    url: str,
+    files: Mapping[int, Sequence[FileInfo]],
+    *,
+    txid: TXID | None = None,
+    timestamp: datetime | None = None,
+    check_bounds: bool = True,
+) -> list[FileInfo]:
+    """Plan with what was listed. `check_bounds`: refuse a time outside that of the files. Raises as `find_plan`."""
     if not any(files.values()):
-        raise NoBackups(client.url)
+        raise NoBackups(url)
     if timestamp is not None:
         times = [info.created_at for level in files.values() for info in level]
-        if not min(times) <= timestamp <= max(times):
+        if check_bounds and not min(times) <= timestamp <= max(times):
             raise TimestampNotAvailable(timestamp, oldest=min(times), newest=max(times))
         try:
             return plan_restore(files, timestamp=timestamp)

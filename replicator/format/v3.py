@@ -31,6 +31,7 @@ from replicator.errors import FormatError, Truncated
 __all__ = [
     "GENERATIONS",
     "MAX_INDEX",
+    "EncryptedFrame",
     "FrameDecoder",
     "FrameEncoder",
     "Position",
@@ -50,6 +51,7 @@ __all__ = [
     "snapshot_name",
     "snapshots_folder",
     "time_of",
+    "time_text",
 ]
 
 GENERATIONS = "generations"
@@ -139,6 +141,12 @@ def time_of(created_ns: int) -> datetime:
         return _EPOCH + timedelta(microseconds=created_ns // 1000)
     except OverflowError:
         return (datetime.max if created_ns > 0 else datetime.min).replace(tzinfo=UTC)
+
+
+def time_text(created_ns: int) -> str:
+    """Return nanoseconds since 1970 as RFC 3339 in UTC, with all digits that count."""
+    fraction = f"{created_ns % 1_000_000_000:09d}".rstrip("0")
+    return time_of(created_ns).strftime("%Y-%m-%dT%H:%M:%S") + (f".{fraction}Z" if fraction else "Z")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -239,6 +247,13 @@ def encode_frame(data: bytes | memoryview) -> bytes:
     return encoder.feed(data) + encoder.close()
 
 
+class EncryptedFrame(FormatError):
+    """Not an LZ4 frame but one that age has encrypted."""
+
+    def __init__(self) -> None:
+        super().__init__("encrypted with age")
+
+
 class FrameDecoder:
     """Exactly one LZ4 frame, of any options. Its checksums are verified.
 
@@ -266,7 +281,7 @@ class FrameDecoder:
             if len(self._start) < len(MAGIC) and MAGIC.startswith(self._start):
                 return
             if not self._start.startswith(MAGIC):
-                raise FormatError("encrypted with age" if self._start.startswith(_AGE[: len(self._start)]) else "not an LZ4 frame")
+                raise EncryptedFrame if self._start.startswith(_AGE[: len(self._start)]) else FormatError("not an LZ4 frame")
             data, self._start, self._begun = self._start, b"", True
         elif self._decompressor.eof and len(data):
             raise FormatError("bytes after the end of the LZ4 frame")

@@ -347,14 +347,14 @@ class AgeClient:
     def list_objects(self, folder: str) -> Sequence[StoredObject]:
         return self._inner.list_objects(folder)
 
-    def open_object(self, name: str) -> ReadStream:
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
         if not self._identities:
             raise ConfigError(f"cannot read without an age identity: {name}", hint="give the identity of one of the recipients")
         source = self._inner.open_object(name)
         where = f"{self.url} {name}"
         try:
             start, _ = self._begin(source, where)
-            return self._decryption(where, start, source, 0, None)
+            return self._decryption(where, start, source, offset, None)
         except BaseException:
             source.close()
             raise

@@ -224,8 +224,8 @@ class ObjectStore(Protocol):
     def list_objects(self, folder: str) -> Sequence[StoredObject]:
         """Return the objects in a folder, not those in its folders. Sizes are those that are stored."""
 
-    def open_object(self, name: str) -> ReadStream:
-        """Open an object. Raises `ObjectNotFound` now, not at the first read."""
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        """Open an object, or what follows `offset`. Raises `ObjectNotFound` now, not at the first read."""
 
     def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
         """Store an object, in place of one of that name.

@@ -191,8 +191,8 @@ class FileClient:
             if stat.S_ISREG(status.st_mode) and not is_temporary(name)
         ]
 
-    def open_object(self, name: str) -> ReadStream:
-        return _open(self._object_path(name), 0, None)
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        return _open(self._object_path(name), offset, None)
 
     def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
         path = self._object_path(name)

@@ -155,12 +155,12 @@ class MemoryClient:
             found = [(name[len(folder) + 1 :], *kept) for name, kept in self._store.objects.items() if name.startswith(f"{folder}/")]
         return [StoredObject(name, len(data), created_ns) for name, data, created_ns in found if "/" not in name]
 
-    def open_object(self, name: str) -> ReadStream:
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
         check_object_name(name)
         with self._store.lock:
             if name not in self._store.objects:
                 raise ObjectNotFound(name)
-            return BytesIO(self._store.objects[name][0])
+            return BytesIO(self._store.objects[name][0][offset:])
 
     def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
         check_object_name(name)

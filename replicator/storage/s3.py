@@ -240,8 +240,8 @@ class S3Client:
             if name and "/" not in name
         ]
 
-    def open_object(self, name: str) -> ReadStream:
-        return self._get(self._object_key(name), 0, None)[0]
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        return self._get(self._object_key(name), offset, None)[0]
 
     def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
         return StoredObject(name, self._put_body(self._object_key(name), body, if_absent=if_absent), time.time_ns())

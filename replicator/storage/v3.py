@@ -75,9 +75,13 @@ class V3Client:
         ]
         return sorted(found, key=lambda info: (info.index, info.offset))
 
-    def open(self, info: V3Info) -> ReadStream:
-        """Open a snapshot or a segment: one LZ4 frame, decrypted. Raises `ObjectNotFound` now, not at the first read."""
-        return self._store.open_object(info.name)
+    def open(self, info: V3Info, *, offset: int = 0) -> ReadStream:
+        """Open a snapshot or a segment: one LZ4 frame, decrypted, or what follows `offset` in it.
+
+        Raises:
+            ObjectNotFound: now, not at the first read.
+        """
+        return self._store.open_object(info.name, offset=offset)
 
     def put_snapshot(self, generation: str, index: int, body: Body, *, if_absent: bool = False) -> SnapshotInfo:
         """Store a snapshot: `body` is one LZ4 frame. One of the same index is replaced, as 0.3.13 does.

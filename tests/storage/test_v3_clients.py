@@ -79,6 +79,8 @@ def test_what_is_put_is_listed_in_order_and_comes_back(client: V3Client) -> None
     assert client.list_snapshots(TWO) == []
     for info in [*client.list_snapshots(ONE), *segments]:
         assert read(client, info) == body
+    with client.open(segments[0], offset=4000) as stream:
+        assert stream.read() == body[4000:]
 
 
 def test_a_put_says_what_the_listing_says(client: V3Client, kind: str) -> None:
