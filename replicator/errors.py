@@ -418,10 +418,10 @@ class LeaseError(ReplicatorError):
 class Fenced(LeaseError):
     """Another writer appended at the TXID that this process was about to write."""
 
-    def __init__(self, url: str, txid: int) -> None:
+    def __init__(self, url: str, txid: int, *, why: str = "") -> None:
         self.url, self.txid = url, txid
         super().__init__(
-            f"another writer owns the replica: {url} (TXID {txid:016x} holds other bytes)",
+            f"another writer owns the replica: {url} ({why or f'TXID {txid:016x} holds other bytes'})",
             hint="only one process may write a replica; stop one of them, then restart",
         )
 
