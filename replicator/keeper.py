@@ -93,6 +93,11 @@ class Keeper:
                 "files cannot be read back without identities, so they are not merged; full images bound them replica=%s", replica.url
             )
 
+    @property
+    def progress(self) -> object:
+        """Something that changes when the replica has got what may make something due earlier."""
+        return self.replica.txid
+
     def due(self) -> float | None:
         """Return when the next thing is due, in seconds since 1970; None when nothing is before the next upload."""
         return min((task.due for task in self._tasks()), default=None)
