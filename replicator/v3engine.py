@@ -35,6 +35,7 @@ from replicator.format.wal import WAL_HEADER_SIZE, WALHeader
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging
 from replicator.replica import Replica, new_lineage
 from replicator.snapshot import Snapshot
+from replicator.tail import Continue
 from replicator.v3chain import Tip, WALChain, content_of
 from replicator.v3outbox import V3File, encode_v3, staged_entries
 from replicator.v3replica import V3Replica
@@ -110,7 +111,19 @@ class V3Engine(Engine):
                 replica.txid = TXID(first)
         if end is not None:
             self._take_place(end)
+            self._attach()
         return entries
+
+    def _attach(self) -> None:
+        """Prove at once that the WAL ends where the stored bytes do, when it does: its restart by the next writer is proven then, too."""
+        if self._resync_reason is not None:
+            return
+        with self._database.wal() as wal:
+            if wal is None or self._database.observe(self._position, wal) != Continue(self._position, restarted=False):
+                return
+            found = self._database.changes(self._position, wal, limit=1)
+            if found is None and not self._database.is_end_doubtful and self._database.salts_are(self._position.salts):
+                self._database.attached(self._position)
 
     def _take_place(self, tip: Tip) -> None:
         self._generation, self._index, self._begun = tip.generation, tip.index, tip.begun

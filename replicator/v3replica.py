@@ -1,9 +1,10 @@
 """One database's copy in one store, in the format of Litestream 0.3: generations with snapshots and WAL segments.
 
-Every object is created, never overwritten; one that is there with other bytes is another writer's. But two writers of this format need not
-meet at a name, since each has its own generation. So a writer says in `pyrepl/v3.json` that the path is its own from now on, and looks
-there after each object that it has stored, before anybody is told that it is: *what is acknowledged was stored while the path was ours*.
-(0.3.13 does not look there, and two of them delete each other's backups.)
+Every object is created, never overwritten. But two writers of this format need not meet at a name, since each has its own generation. So a
+writer says in `pyrepl/v3.json` that the path is its own from now on, then reads what is stored; and it looks there after each object that it
+has stored, before anybody is told that it is: *what is acknowledged was stored while the path was ours*. An object that stands in the
+way is another writer's who has lost the path: a generation begins. (0.3.13 knows nothing of this, and two of them delete each other's
+backups.)
 
 **Order.** A restore takes the generation with the newest file, in it the newest snapshot, and all segments that follow. So at every moment
 a new generation begins with its snapshot, nothing is added to an old one after that, and a later snapshot is stored when the segments
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 from replicator.errors import (
     AccessDenied,
@@ -79,12 +81,8 @@ class V3Replica(Replica):
     # -- opening -----------------------------------------------------------------------------------------------------------------
 
     def attach(self) -> bytes | None:
-        """Find out what is stored; returns the lineage that is recorded, or None. Raises `StorageError`."""
+        """Return the lineage that is recorded, or None. Raises `StorageError`."""
         self.online = self.listed = False
-        try:
-            self.relist()
-        except AccessDenied as error:
-            log.warning("replica cannot be listed: a new generation begins, nothing is deleted replica=%s error=%r", self.url, str(error))
         try:
             data = json.loads(self.client.get_control(OWNER).data)
             return bytes.fromhex(data["lineage"])
@@ -98,7 +96,12 @@ class V3Replica(Replica):
             raise StorageError(f"unreadable: {self.url}/{OWNER}", hint="restore the object, or replicate to a new path") from None
 
     def claim(self, lineage: bytes, recorded: bytes | None) -> None:
-        """Make the path this writer's own, from now on. Raises `LineageMismatch`, `StorageError`."""
+        """Make the path this writer's own from now on, and then find out what is stored: nothing is acknowledged after that which is not seen.
+
+        Raises:
+            LineageMismatch: the path is another database's.
+            StorageError: see there.
+        """
         if recorded is not None and recorded != lineage:
             raise LineageMismatch(self.url, expected=lineage.hex(), got=recorded.hex())
         self.conditional = probe_conditional_writes(self.client)
@@ -107,6 +110,10 @@ class V3Replica(Replica):
         self._owned = json.dumps({"lineage": lineage.hex(), "writer": f"{self.writer:016x}"}).encode() + b"\n"
         self.client.put_control(OWNER, self._owned)
         self._looked_at = time.monotonic()
+        try:
+            self.relist()
+        except AccessDenied as error:
+            log.warning("replica cannot be listed: a generation begins, and nothing is deleted replica=%s error=%r", self.url, str(error))
         self.online = True
 
     def tip(self, generation: str) -> Tip:
@@ -252,7 +259,11 @@ class V3Replica(Replica):
             except ObjectNotFound:
                 return False
             if not same:
-                raise Fenced(self.url, txid, why=f"{info.name} holds other bytes")
+                self._check_owner(txid)
+                if not self._readable:
+                    raise Fenced(self.url, txid, why=f"{info.name} holds other bytes")
+                # What a writer stored that has lost the path, and told nobody of.
+                self._begin_anew(f"{info.name} holds other bytes")
         self.note(info)
         return True
 
@@ -264,12 +275,16 @@ class V3Replica(Replica):
         except ObjectNotFound:
             # Somebody emptied the path: nothing that goes on from what was there can be restored.
             self.client.put_control(OWNER, self._owned)
-            self.relist()
-            self.txid, self.end = TXID(0), None
-            raise StorageUnavailable(f"the replica was emptied: {self.url}") from None
+            self._begin_anew("it was emptied")
         if owner != self._owned:
             raise Fenced(self.url, txid, why="it has been started since")
         self._looked_at = time.monotonic()
+
+    def _begin_anew(self, why: str) -> NoReturn:
+        """Nothing can go on from what is stored: wait for what needs nothing before it (`V3Uploader`)."""
+        self.txid, self.end = TXID(0), None
+        self.relist()
+        raise StorageUnavailable(f"a generation must begin: {self.url} ({why})")
 
     def _wait_for_the_next_second(self, files: Sequence[OutFile]) -> None:
         if self.client.kind in ("file", "memory"):

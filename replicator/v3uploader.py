@@ -88,11 +88,23 @@ def copy_generation(source: V3Replica, target: V3Replica, scratch: Staging) -> N
     segments = [info for info in segments if info.position < end]
     own = [info for info in segments if info.index == base.index]
     ordered: Sequence[V3Info] = [*own, base, *segments[len(own) :]]
-    known = {info.name for info in target.stored().get(end.generation, ())}
+    theirs = {info.name: info.size for info in target.stored().get(end.generation, ())}
+    _check_agreement(source, target, segments, theirs, base)
     for info in ordered:
-        if info.name not in known:
+        if info.name not in theirs:
             _copy_object(source, target, info, scratch, txid)
     target.follow(end, txid)
+
+
+def _check_agreement(
+    source: V3Replica, target: V3Replica, segments: Sequence[SegmentInfo], theirs: dict[str, int], base: SnapshotInfo
+) -> None:
+    """Make sure that what the target has of this is the same, cut at the same places. (The size tells: a frame more is not smaller.)"""
+    ours: dict[str, int] = {base.name: base.size, **{info.name: info.size for info in segments}}
+    for info in target.stored().get(base.generation, ()):
+        is_later = info.index >= base.index and (isinstance(info, SegmentInfo) or info.name == base.name)
+        if is_later and ours.get(info.name) != theirs[info.name]:
+            raise SourceFailed(f"{target.url} has another {info.name} than {source.url}")
 
 
 def _copy_object(source: V3Replica, target: V3Replica, info: V3Info, scratch: Staging, txid: int) -> None:

@@ -205,7 +205,7 @@ def test_it_continues_the_path_and_we_continue_after_it(tmp_path: Path, database
         ours = generations(local)[-1]
         with running(database, local, tmp_path) as process:
             insert(application, 30)
-            until(lambda: process.poll() is None and generations(local)[-1] != ours)
+            until(lambda ours=ours: process.poll() is None and generations(local)[-1] != ours)
         insert(application, 3)
         assert restore03(local, tmp_path / "theirs.db")
         assert rows(tmp_path / "theirs.db") == rows(application)[:-3]
