@@ -104,8 +104,9 @@ class Keeper:
 
     def step(self) -> bool:
         """Do what is due first; False when nothing is due now."""
-        now = self._clock()
-        task = min((task for task in self._tasks() if task.due <= now), key=lambda task: task.due, default=None)
+        tasks = self._tasks()
+        now = self._clock()  # after them: what is due at once is due at the time of their making
+        task = min((task for task in tasks if task.due <= now), key=lambda task: task.due, default=None)
         if task is None:
             return False
         try:
