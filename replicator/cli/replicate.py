@@ -147,7 +147,10 @@ class _Member:
         self.error, self.started = None, True
         log.info("initialized db path=%s", self.path)
         for replica in self.engine.status().replicas:
-            log.info("replicating to type=%s url=%s txid=%016x", replica.kind, replica.url, replica.txid)
+            if replica.position:
+                log.info("replicating to type=%s url=%s position=%s", replica.kind, replica.url, replica.position)
+            else:
+                log.info("replicating to type=%s url=%s txid=%016x", replica.kind, replica.url, replica.txid)
 
     def _restore(self) -> None:
         """Restore a database that is missing. Only "nothing is stored" lets it begin anew: with an unreachable replica nobody knows."""
@@ -180,7 +183,11 @@ class _Member:
             self.engine.close(timeout_s)
         except (ReplicatorError, OSError, sqlite3.Error) as error:
             self._note(error)
-        log.info("replication stopped path=%s txid=%016x", self.path, self.engine.status().txid)
+        status = self.engine.status()
+        if status.position:
+            log.info("replication stopped path=%s position=%s", self.path, status.position)
+        else:
+            log.info("replication stopped path=%s txid=%016x", self.path, status.txid)
 
     def _note(self, error: Exception) -> None:
         if self.error is None:
