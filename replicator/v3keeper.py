@@ -7,8 +7,9 @@ import logging
 from replicator.errors import ReplicatorError
 from replicator.format.ltx import TXID
 from replicator.keeper import Keeper, Task
+from replicator.restores import planned_generations
 from replicator.v3replica import V3Replica
-from replicator.v3retention import due_snapshot, due_v3_retention, expired_v3, untrusted_time
+from replicator.v3retention import due_snapshot, due_v3_retention, expired_v3, spare, untrusted_time
 
 __all__ = ["V3Keeper"]
 
@@ -55,7 +56,7 @@ class V3Keeper(Keeper):
         if why := untrusted_time(stored, now):
             raise ReplicatorError(f"nothing is deleted: {why}")
         assert replica.end is not None
-        doomed = expired_v3(stored, replica.end.generation, self.history, now)
+        doomed = spare(expired_v3(stored, replica.end.generation, self.history, now), planned_generations(replica.url))
         # Snapshots first: a restore must not find one whose WAL is going.
         replica.delete(doomed.objects)
         for generation in doomed.generations:

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info
 from replicator.levels import History
 from replicator.v3chain import Stored
 
-__all__ = ["Expired", "due_snapshot", "due_v3_retention", "expired_v3", "snapshot_every_s", "untrusted_time"]
+__all__ = ["Expired", "due_snapshot", "due_v3_retention", "expired_v3", "snapshot_every_s", "spare", "untrusted_time"]
 
 CLOCK_TOLERANCE_S = 300.0
 
@@ -67,6 +68,14 @@ def expired_v3(stored: Stored, current: str, history: History, now: float) -> Ex
     snapshots = [info for info in infos if isinstance(info, SnapshotInfo) and info.index < base.index]
     segments = [info for info in infos if isinstance(info, SegmentInfo) and info.index < base.index]
     return Expired((*snapshots, *sorted(segments, key=lambda info: info.position)), whole)
+
+
+def spare(expired: Expired, in_use: Mapping[str, int]) -> Expired:
+    """Return the same without what restores read: generations, each from an index on."""
+    return Expired(
+        tuple(info for info in expired.objects if info.index < in_use.get(info.generation, info.index + 1)),
+        tuple(generation for generation in expired.generations if generation not in in_use),
+    )
 
 
 def due_v3_retention(stored: Stored, current: str, history: History, now: float) -> float | None:

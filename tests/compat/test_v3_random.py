@@ -11,7 +11,7 @@ import pytest
 from replicator.v3engine import V3Engine
 from tests.compat.litestream03 import restore03
 from tests.compat.v3history import integrity, restore05, rfc3339, stored
-from tests.e2e.databases import checkpointed_bytes, connect, drain, insert
+from tests.e2e.databases import checkpointed_bytes, connect, drain, insert, restored
 from tests.e2e.v3databases import Away, v3_engine_for
 
 
@@ -112,6 +112,7 @@ def play(folder: Path, seed: int, steps: int) -> None:
             assert restore03(url, folder / "then.db", "-timestamp", rfc3339(created_ns)) == expected
         assert restore05(url, folder / "theirs05.db") == world.states[-1][1]
         assert integrity(folder / "theirs05.db") == "ok"
+        assert restored(url, folder, "ours.db").read_bytes() == world.states[-1][1]
     finally:
         world.close()
 

@@ -55,6 +55,21 @@ def test_a_configuration_names_the_format_and_the_position_is_logged(tmp_path: P
     application.close()
 
 
+def test_a_missing_database_is_restored_before_it_is_replicated_again(tmp_path: Path) -> None:
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database)
+    insert(application, 20)
+    assert pyrepl("replicate", "-once", "-format", "v0.3", database, url).returncode == 0
+    expected = checkpointed_bytes(database, tmp_path)
+    application.close()
+    for path in tmp_path.glob("a.db*"):
+        path.unlink()
+    done = pyrepl("replicate", "-once", "-format", "v0.3", "-restore-if-db-not-exists", database, url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert database.read_bytes() == expected
+    assert restore03(url, tmp_path / "theirs.db") == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

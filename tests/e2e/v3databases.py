@@ -31,9 +31,9 @@ class Away(FileClient):
         self._reach()
         return super().list_objects(folder)
 
-    def open_object(self, name):
+    def open_object(self, name, **options):
         self._reach()
-        return super().open_object(name)
+        return super().open_object(name, **options)
 
     def put_object(self, name, body, *, if_absent=False):
         self._reach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info
 from replicator.levels import History
-from replicator.v3retention import Expired, due_snapshot, due_v3_retention, expired_v3, snapshot_every_s, untrusted_time
+from replicator.v3retention import Expired, due_snapshot, due_v3_retention, expired_v3, snapshot_every_s, spare, untrusted_time
 
 A, B = "a" * 16, "b" * 16
 HOUR = 3600
@@ -66,6 +66,13 @@ def test_a_generation_that_somebody_still_wrote_to_after_the_base_stays() -> Non
 def test_the_current_generation_stays_whatever_the_times_say() -> None:
     stored = history_of(snapshot(A, 0, 0), segment(A, 3, 5), snapshot(B, 0, 6), segment(B, 0, 7))
     assert not expired_v3(stored, A, DAY, now=31 * HOUR).generations
+
+
+def test_what_a_restore_reads_is_spared() -> None:
+    expired = Expired((snapshot(A, 0, 0), snapshot(A, 2, 1), segment(A, 1, 1), segment(A, 2, 1)), (B,))
+    assert spare(expired, {}) == expired
+    assert spare(expired, {A: 2}) == Expired((snapshot(A, 0, 0), segment(A, 1, 1)), (B,))
+    assert spare(expired, {B: 0}) == Expired(expired.objects, ())
 
 
 def test_without_retention_nothing_goes() -> None:
