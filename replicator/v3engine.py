@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from replicator.atomic import write_file
 from replicator.db import Image
 from replicator.engine import Engine, NotSynced, discard
-from replicator.errors import DatabaseStateError, FormatError, LineageMismatch, StorageUnavailable
+from replicator.errors import CorruptReplica, DatabaseStateError, FormatError, LineageMismatch, ObjectNotFound, StorageUnavailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID
 from replicator.format.v3 import MAX_INDEX, Position, is_generation
 from replicator.format.wal import WAL_HEADER_SIZE, WALHeader
@@ -82,25 +82,28 @@ class V3Engine(Engine):
         for replica, found in recorded.items():
             if found is not None and found != self._lineage:
                 raise LineageMismatch(replica.url, expected=self._lineage.hex(), got=found.hex())
-        for replica, found in recorded.items():
-            replica.claim(self._lineage, found)
-        self._write_state(generation)
-        return self._go_on(generation, list(recorded))
-
-    def _go_on(self, generation: str, online: list[V3Replica]) -> list[Entry]:
-        """Find the place behind what is stored and staged; without a proven one the first sync begins a generation."""
-        assert self._staging is not None
         tips: dict[V3Replica, Tip] = {}
         self._resync_reason = "no generation is known here"
+        for replica, found in recorded.items():
+            try:
+                replica.claim(self._lineage, found)
+                if generation and not self._force_snapshot:
+                    tips[replica] = replica.tip(generation)
+            except (FormatError, CorruptReplica, ObjectNotFound) as error:
+                self._resync_reason = f"{replica.url}: {error}"
+            except StorageUnavailable as error:
+                replica.error, failed, replica.online = str(error), error, False
+        if failed is not None and not any(replica.online for replica in recorded):
+            raise failed
+        self._write_state(generation)
+        return self._go_on(generation, tips)
+
+    def _go_on(self, generation: str, tips: dict[V3Replica, Tip]) -> list[Entry]:
+        """Find the place behind what is stored and staged; without a proven one the first sync begins a generation."""
+        assert self._staging is not None
         if self._force_snapshot:
             self._resync_reason = "asked for"
             self._staging.clear()
-        elif generation:
-            for replica in online:
-                try:
-                    tips[replica] = replica.tip(generation)
-                except FormatError as error:
-                    self._resync_reason = f"{replica.url}: {error}"
         head = max(tips.values(), key=lambda tip: tip.position, default=None)
         entries, end = self._continuing(generation, head)
         first = entries[0].txid - 1 if entries else int(head is not None)

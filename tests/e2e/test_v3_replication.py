@@ -538,3 +538,39 @@ def test_what_restarts_the_wal_after_the_start_continues_the_generation(tmp_path
     assert len(generations(store.url)) == 1
     assert is_exact(database, store.url, tmp_path)
     application.close()
+
+
+def test_a_replica_that_goes_away_while_it_is_read_at_the_start_joins_later(tmp_path: Path, database: Path) -> None:
+    class Unreadable(Away):
+        broken = False
+
+        def open_object(self, name, **options):
+            if self.broken:
+                raise StorageUnavailable("gone")
+            return super().open_object(name, **options)
+
+    one, two = Away(tmp_path / "one"), Unreadable(tmp_path / "two")
+    application = connect(database)
+    for broken in (False, True):
+        two.broken = broken
+        with writer(database, one, two) as engine:
+            insert(application, 20)
+            engine.wait(replicas="any", timeout_s=TIMEOUT_S)
+            two.broken = False
+            engine.wait(timeout_s=TIMEOUT_S)
+    assert both_are_exact(database, (one, two), tmp_path)
+    assert generations(one.url) == generations(two.url)
+    assert len(generations(one.url)) == 1
+    application.close()
+
+
+def test_a_store_that_is_away_at_the_start_is_waited_for(tmp_path: Path, database: Path, store: Away) -> None:
+    application = connect(database)
+    insert(application, 20)
+    store.down = True
+    with writer(database, store) as engine:
+        assert engine.status().state in ("starting", "degraded")
+        store.down = False
+        engine.wait(timeout_s=TIMEOUT_S)
+    assert is_exact(database, store.url, tmp_path)
+    application.close()
