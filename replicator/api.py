@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,21 +23,25 @@ from replicator.board import Board, State
 from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
 from replicator.drills import DrillResult, DrillThread
-from replicator.engine import Engine, NotSynced
+from replicator.engine import NotSynced
 from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageUnavailable
 from replicator.format.ltx import TXID, parse_txid
+from replicator.format.v3 import parse_index
+from replicator.formats import Format, writing
 from replicator.images import Images
 from replicator.keeper import Keeper
 from replicator.levels import History
 from replicator.loop import EngineThread
 from replicator.outbox import OutFile
+from replicator.publish import IntegrityCheck
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
-from replicator.restorer import IntegrityCheck, RestoreResult, first_answer, newest_first, restore_database
+from replicator.restorer import RestoreResult, first_answer
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
-from replicator.uploader import KeeperThread, Uploader, start_thread, waiting_snapshot
+from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
+from replicator.v3restore import newest_first, restore_any
 
 __all__ = ["ReplicaStatus", "Replicator", "Status", "restore"]
 
@@ -53,6 +58,7 @@ class ReplicaStatus:
     """One replica: newest TXID stored, seconds since the oldest commit that it lacks was read, and its last error.
 
     `problems` are those of its history (compaction, snapshots, retention), which do not stop replication; `verified` is the last drill.
+    `position`: in format v0.3, where what is stored ends (`<generation>/<index>:<offset>`); TXIDs only count within this process there.
     """
 
     url: str
@@ -65,11 +71,12 @@ class ReplicaStatus:
     bytes_sent: int
     problems: tuple[str, ...] = ()
     verified: DrillResult | None = None
+    position: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A database and its replicas. `txid`: newest TXID that was read; `wal_size_bytes`: logical size of the WAL."""
+    """A database and its replicas. `txid`: newest TXID that was read; `wal_size_bytes`: logical size of the WAL; `position` as in `ReplicaStatus`."""
 
     path: Path
     state: State
@@ -79,6 +86,7 @@ class Status:
     max_lock_s: float
     error: str | None
     replicas: tuple[ReplicaStatus, ...]
+    position: str = ""
 
 
 class Replicator:
@@ -105,6 +113,7 @@ class Replicator:
         force_snapshot: bool = False,
         history: History | Sequence[History] | None = History(),  # noqa: B008  frozen
         verify_interval_s: float | None = None,
+        format: Format = "ltx",
     ) -> None:
         """Prepare; `start` begins.
 
@@ -121,9 +130,10 @@ class Replicator:
             force_snapshot: begin a new history where a replica has lost its files, instead of an error.
             history: how much of the past is kept: for all replicas, or one for each in order; None keeps raw files only, for ever.
             verify_interval_s: time between two drills, in which each replica is restored and compared with the page table; none when not given.
+            format: "ltx", that of Litestream 0.5, or "v0.3", that of 0.3: generations with snapshots and WAL segments.
 
         Raises:
-            ConfigError: no replica, a malformed URL, or not as many histories as replicas.
+            ConfigError: no replica, a malformed URL, not as many histories as replicas, or drills in format v0.3.
         """
         if not replicas:
             raise ConfigError(f"must specify at least one replica URL for {path}")
@@ -131,7 +141,10 @@ class Replicator:
         self._path = Path(os.path.realpath(path))
         self._clients = [open_client(item) if isinstance(item, str) else item for item in replicas]
         writer = secrets.randbits(63) | 1
-        self._replicas = [Replica(client, writer=writer) for client in self._clients]
+        self._writing = writing(format, self._clients, writer=writer)
+        self._replicas = self._writing.replicas
+        if verify_interval_s is not None and format != "ltx":
+            raise ConfigError(f"format {format} has no drills: verify_interval_s goes with ltx")
         if len({replica.url for replica in self._replicas}) < len(self._replicas) and all(isinstance(item, str) for item in replicas):
             raise ConfigError(f"a replica URL is given twice for {path}")
         histories = [history] * len(replicas) if isinstance(history, History) or history is None else list(history)
@@ -139,7 +152,7 @@ class Replicator:
             raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
         remote = any(client.kind not in ("file", "memory") for client in self._clients)
         interval = sync_interval_s if sync_interval_s is not None else (REMOTE_INTERVAL_S if remote else LOCAL_INTERVAL_S)
-        self._engine = Engine(
+        self._engine = self._writing.engine(
             self._path,
             self._replicas,
             meta_path=Path(meta_path) if meta_path is not None else self._path.with_name(f".{self._path.name}-litestream"),
@@ -185,7 +198,7 @@ class Replicator:
         name = self._path.name
         self._threads.append(start_thread(f"pyrepl {name}", self._loop.run))
         for replica, history in zip(self._replicas, self._histories, strict=True):
-            uploader = Uploader(replica, self._engine, board, self._recent, self._images)
+            uploader = self._writing.uploader(replica, self._engine, board, self._recent, self._images)
             self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind}", uploader.run))
             if history is not None:
                 self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind} history", self._keeping(replica, history)))
@@ -199,7 +212,7 @@ class Replicator:
                 self._board.changed.wait_for(lambda: self._board.ends or self._board.state != "starting")
                 if self._board.ends:
                     return
-            keeper = Keeper(
+            keeper = self._writing.keeper(
                 replica,
                 history,
                 scratch=self._engine.scratch,
@@ -335,7 +348,17 @@ class Replicator:
             state = board.state
             if state == "replicating" and (board.error or any(map(_has_problem, replicas))):
                 state = "degraded"
-            return Status(self._path, state, engine.txid, engine.wal_size(), engine.checkpoints, engine.max_locked_s, board.error, replicas)
+            return Status(
+                self._path,
+                state,
+                engine.txid,
+                engine.wal_size(),
+                engine.checkpoints,
+                engine.max_locked_s,
+                board.error,
+                replicas,
+                engine.place,
+            )
 
     def _replica_status(self, replica: Replica) -> ReplicaStatus:
         keeper = self._keepers.get(replica)
@@ -350,6 +373,7 @@ class Replicator:
             replica.bytes_sent,
             tuple(f"{task}: {problem}" for task, problem in list(keeper.problems.items())) if keeper else (),
             self._drills.results.get(replica) if self._drills else None,
+            replica.position,
         )
 
     def _check_process(self) -> None:
@@ -371,18 +395,22 @@ def restore(
     *,
     txid: int | str | None = None,
     timestamp: datetime | str | None = None,
+    generation: str | None = None,
+    index: int | str | None = None,
     force: bool = False,
     integrity_check: IntegrityCheck = "none",
     parallelism: int = 8,
     progress: Callable[[Progress], None] | None = None,
 ) -> RestoreResult:
-    """Restore a database from a replica.
+    """Restore a database from a replica, of Litestream's LTX format or of 0.3's.
 
     Args:
         url: of the replica, or a client; or several, of which the one is used that leads furthest (or has the TXID), the others where it fails.
         output: path of the database to write.
         txid: restore this state (a number, or 16 hex digits).
-        timestamp: restore the last state before this time (aware, or RFC 3339).
+        timestamp: restore the last state before this time (aware, or RFC 3339). 0.3 data: at this time.
+        generation: restore from this generation of the 0.3 format.
+        index: restore the 0.3 format's WAL files up to this one (a number, or hex digits).
         force: replace an existing output.
         integrity_check: "quick" or "full": let SQLite check the file before it is published.
         parallelism: files that are read at once.
@@ -393,12 +421,19 @@ def restore(
     """
     if txid is not None and timestamp is not None:
         raise ConfigError("cannot specify txid and timestamp to restore")
+    if index is not None and timestamp is not None:
+        raise ConfigError("cannot specify index and timestamp to restore")
+    if txid is not None and (index is not None or generation is not None):
+        raise ConfigError("cannot specify txid together with a generation or an index")
     if isinstance(txid, str):
         txid = parse_txid(txid)
-    if isinstance(timestamp, str):
-        timestamp = parse_timestamp(timestamp)
-    if timestamp is not None and timestamp.tzinfo is None:
+    if isinstance(index, str):
+        index = parse_index(index)
+    if isinstance(timestamp, datetime) and timestamp.tzinfo is None:
         raise ConfigError("timestamp has no time zone", hint="give an aware datetime, or RFC 3339 text with Z or an offset")
+    timestamp_ns = None
+    if timestamp is not None:
+        timestamp_ns = parse_timestamp(timestamp) if isinstance(timestamp, str) else _nanoseconds(timestamp)
     replicas = [url] if isinstance(url, str) or not isinstance(url, Sequence) else list(url)
     with contextlib.ExitStack() as stack:
         clients: list[ReplicaClient] = []
@@ -409,26 +444,34 @@ def restore(
             clients.append(replica)
 
         def from_one(client: ReplicaClient) -> RestoreResult:
-            return restore_database(
+            return restore_any(
                 client,
                 Path(os.path.abspath(output)),
                 txid=None if txid is None else TXID(txid),
-                timestamp=timestamp,
+                timestamp_ns=timestamp_ns,
+                generation=generation,
+                index=index,
                 force=force,
                 integrity_check=integrity_check,
                 parallelism=parallelism,
                 progress=progress,
             )
 
-        return first_answer(clients if txid is not None else newest_first(clients, timestamp=timestamp), from_one)
+        chosen = txid is not None or generation is not None or index is not None
+        return first_answer(clients if chosen else newest_first(clients, timestamp_ns=timestamp_ns), from_one)
 
 
-def parse_timestamp(text: str) -> datetime:
-    """Read RFC 3339. Raises `ConfigError`."""
+def parse_timestamp(text: str) -> int:
+    """Read RFC 3339, and return nanoseconds since 1970. Raises `ConfigError`."""
+    found = re.fullmatch(r"(.*:\d\d)\.(\d+)(.*)", text, re.DOTALL)  # more digits than datetime has
     try:
-        when = datetime.fromisoformat(text)
+        when = datetime.fromisoformat(found[1] + found[3] if found else text)
     except ValueError:
         when = None
     if when is None or when.tzinfo is None:
         raise ConfigError("invalid -timestamp, must specify in ISO 8601 format (e.g. 2000-01-01T00:00:00Z)")
-    return when.astimezone(UTC)
+    return _nanoseconds(when) + (int(found[2][:9].ljust(9, "0")) if found else 0)
+
+
+def _nanoseconds(when: datetime) -> int:
+    return (when - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000

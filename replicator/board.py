@@ -86,7 +86,8 @@ class Board:
     def next_for(self, replica: Replica) -> Entry | None:
         """Return the entry that a replica must store next; None when it is not here."""
         with self.changed:
-            return next((entry for entry in self._outbox if entry.txid == replica.txid + 1), None)
+            following = [entry for entry in self._outbox if entry.txid == replica.txid + 1 or (entry.whole and entry.txid > replica.txid)]
+            return following[0] if following else None
 
     def ahead_of(self, replica: Replica) -> Replica | None:
         """Return the replica that has come furthest, when that is further than the given one."""

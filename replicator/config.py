@@ -23,6 +23,7 @@ from typing import Literal
 from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
 from replicator.errors import ConfigError
 from replicator.expand import expand_environment
+from replicator.formats import Format
 from replicator.levels import History
 from replicator.storage.url import MIN_PART_SIZE, S3Settings, endpoint_url, file_path, is_url, parse_s3_url, redact, scheme
 from replicator.yamltree import MAX_TEXT, Note, ScalarNode, YAMLProblem, parse_yaml
@@ -79,7 +80,10 @@ class ReplicaSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseSettings:
-    """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off."""
+    """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off.
+
+    `format`: in which all its replicas are written.
+    """
 
     path: Path
     replicas: tuple[ReplicaSettings, ...]
@@ -90,6 +94,7 @@ class DatabaseSettings:
     min_checkpoint_pages: int | None = None
     verify_interval_s: float | None = None
     restore_if_db_not_exists: bool = False
+    format: Format = "ltx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ _OTHER_TYPES = ("abs", "gcs", "gs", "nats", "oss", "sftp", "webdav", "webdavs")
 _REPLICA_ELSEWHERE = frozenset(["max-sync-ltx-files", "auto-recover"])
 _NOT_INHERITED = frozenset(["type", "path", "url", "name", "part-size", "concurrency"])
 _REPLICA_COMMON = frozenset(["type", "path", "url", "name", "sync-interval", "validation-interval", "age"]) | _REPLICA_ELSEWHERE
-_REPLICA_ONLY = frozenset(["retention", "retention-check-interval", "snapshot-interval"])  # of 0.3; never global
+_REPLICA_ONLY = frozenset(["retention", "retention-check-interval", "snapshot-interval", "format"])  # of 0.3; never global
 _GLOBAL_REPLICA = _REPLICA_COMMON | _S3_KEYS | _OTHER_BACKENDS
 _REPLICA = _GLOBAL_REPLICA | _REPLICA_ONLY
 _INHERITED = _GLOBAL_REPLICA - _NOT_INHERITED
@@ -191,7 +196,7 @@ _DATABASE_ELSEWHERE = frozenset(["truncate-page-n", "max-sync-wal-bytes", "max-c
 _DATABASE_OWN = frozenset(
     [
         "path", "meta-path", "monitor-interval", "checkpoint-interval", "busy-timeout", "min-checkpoint-page-count", "verify-interval",
-        "restore-if-db-not-exists", "snapshot", "replica", "replicas", *_DIRECTORY,
+        "restore-if-db-not-exists", "snapshot", "format", "replica", "replicas", *_DIRECTORY,
     ]
 )  # fmt: skip
 
@@ -315,6 +320,10 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
     if not tables:
         entry.reader.fail(entry.place, f"{entry.where}: must specify replica for database")
     replicas = tuple(_read_replica(table, top, history, environ) for table in tables)
+    form = _read_format(entry, tables)
+    verify_interval = entry.duration("verify-interval", zero=False)
+    if verify_interval is not None and form != "ltx":
+        entry.fail("verify-interval", f"format {form} has no drills", "remove the key")
     intervals = {item.sync_interval_s for item in replicas}
     if len(intervals) > 1:
         entry.reader.warn(tables[0].place, f"{entry.where}: the shortest sync-interval holds for all replicas of a database")
@@ -326,9 +335,29 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
         checkpoint_interval_s=entry.duration("checkpoint-interval"),
         busy_timeout_s=entry.duration("busy-timeout"),
         min_checkpoint_pages=pages,
-        verify_interval_s=entry.duration("verify-interval", zero=False),
+        verify_interval_s=verify_interval,
         restore_if_db_not_exists=bool(entry.boolean("restore-if-db-not-exists")),
+        format=form,
     )
+
+
+def _read_format(entry: Table, replicas: Sequence[Table]) -> Format:
+    """Return the one format of a database: its own, or that which all of its replicas name."""
+    said = [(table, _format(table)) for table in (entry, *replicas)]
+    own = said[0][1]
+    first = own or next((found for _, found in said if found), None)
+    for table, found in said[1:]:
+        if (found or own or "ltx") != (first or "ltx"):
+            hint = "all replicas of a database have one format: give it once, as format of the database"
+            table.reader.fail(table.node("format") or table.place, f"{table.named('format')}: is not that of the others ({first})", hint)
+    return first or "ltx"
+
+
+def _format(table: Table) -> Format | None:
+    text = table.text("format")
+    if text not in (None, "ltx", "v0.3"):
+        table.fail("format", "must be ltx or v0.3")
+    return "ltx" if text == "ltx" else "v0.3" if text else None
 
 
 def _check_unique(reader: Reader, entries: Sequence[Table], databases: Sequence[DatabaseSettings]) -> None:

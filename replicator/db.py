@@ -337,7 +337,7 @@ class Database:
                 header = wal.header() if wal else None
                 if wal is None or header is None:
                     commit = int(self._pin.execute("PRAGMA page_count").fetchone()[0])
-                    if self._header() == header:
+                    if self.wal_header() == header:
                         self._doubtful = False
                         return Image(NO_WAL, self.page_size, commit, {})
                     continue
@@ -349,7 +349,7 @@ class Database:
                 else:
                     overlay = dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True))
                     image = Image(found.end, self.page_size, found.commit, overlay)
-                if self._header() == header:
+                if self.wal_header() == header:
                     self._doubtful = wal.wrong_frame
                     return image
         raise DatabaseStateError(f"the WAL of {self.path} keeps changing under a held read transaction; are SQLite's locks intact?")
@@ -403,10 +403,11 @@ class Database:
 
     def salts_are(self, salts: tuple[int, int]) -> bool:
         """True while the WAL has these salts, so that nothing that was read from it before can have been overwritten."""
-        header = self._header()
+        header = self.wal_header()
         return header is not None and (header.salt1, header.salt2) == salts
 
-    def _header(self) -> WALHeader | None:
+    def wal_header(self) -> WALHeader | None:
+        """Return the header of the WAL as it is now; None when there is no valid one."""
         with self.wal() as wal:
             return wal.header() if wal else None
 

@@ -142,9 +142,13 @@ class Engine:
             raise DatabaseNotFound(self.path)
         self._database.open()
         self._take_lock()
-        self._staging = Staging(self._folder / "staged", limit_bytes=self._staging_limit)
         self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit)
         self._scratch.clear()
+        return self._join()
+
+    def _join(self) -> list[Entry]:
+        """Find out where the replicas are, and go on there. (This and what is encoded differ in `v3engine.py`.)"""
+        self._staging = Staging(self._folder / "staged", limit_bytes=self._staging_limit)
         self._known = Known(self._folder / "replicas.json")
         joined = join(
             self.replicas,
@@ -168,6 +172,11 @@ class Engine:
         others = [other for other in self.replicas if other is not replica and other.online]
         head = max(others, key=lambda other: other.txid, default=None)
         join_later(replica, lineage=self._lineage, known=self._known, newest=self.txid, head=head)
+
+    @property
+    def place(self) -> str:
+        """Where the newest encoded bytes end, in the words of the format; empty where the TXID says it all."""
+        return ""
 
     @property
     def scratch(self) -> Staging:
@@ -348,6 +357,20 @@ class Engine:
 
     def _header(self, min_txid: TXID, max_txid: TXID, commit: int, position: WALPosition) -> Header:
         """WAL fields are (32, 0, current salts): whoever takes over reads this WAL from its start, and misses nothing of it."""
+        return Header(
+            page_size=self._database.page_size,
+            commit=commit,
+            min_txid=min_txid,
+            max_txid=max_txid,
+            timestamp_ms=self._next_timestamp_ms(),
+            wal_offset=32,
+            wal_size=0,
+            wal_salt1=position.salts[0],
+            wal_salt2=position.salts[1],
+            node_id=self.replicas[0].writer,
+        )
+
+    def _next_timestamp_ms(self) -> int:
         now = int(self._clock() * 1000)
         if self._timestamp_ms > now + CLOCK_BACK_MS:
             log.warning(
@@ -355,18 +378,7 @@ class Engine:
             )
             self._timestamp_ms = now
         self._timestamp_ms = max(self._timestamp_ms, now)
-        return Header(
-            page_size=self._database.page_size,
-            commit=commit,
-            min_txid=min_txid,
-            max_txid=max_txid,
-            timestamp_ms=self._timestamp_ms,
-            wal_offset=32,
-            wal_size=0,
-            wal_salt1=position.salts[0],
-            wal_salt2=position.salts[1],
-            node_id=self.replicas[0].writer,
-        )
+        return self._timestamp_ms
 
     def settled(self, entry: Entry) -> None:
         """Move the table to an entry that is stored on a replica, or staged. When it fails, call it again before anything else."""

@@ -20,7 +20,10 @@
       RestoreError           there is no way to the asked state
         NoBackups            (url) nothing is stored there
         TXIDNotAvailable     (txid, available)
-        TimestampNotAvailable (timestamp, oldest, newest)
+        TimestampNotAvailable (timestamp, oldest, newest, gap)
+      GenerationNotAvailable (url, generation) of the 0.3 format
+      SnapshotNotAvailable (generation, reason) of the 0.3 format
+      MissingSegment       (name, reason) WAL of the 0.3 format is not stored
         NonContiguous        (have, next) a gap in the chain
         CorruptReplica       (name, reason) a stored file fails its checks
         OutputExists         (path)
@@ -63,9 +66,11 @@ __all__ = [
     "EngineRunning",
     "Fenced",
     "FormatError",
+    "GenerationNotAvailable",
     "IntegrityCheckFailed",
     "LeaseError",
     "LineageMismatch",
+    "MissingSegment",
     "NoBackups",
     "NonContiguous",
     "NotADatabase",
@@ -78,6 +83,7 @@ __all__ = [
     "ReplicaStateError",
     "ReplicatorError",
     "RestoreError",
+    "SnapshotNotAvailable",
     "StorageError",
     "StorageUnavailable",
     "TXIDNotAvailable",
@@ -244,16 +250,50 @@ class TXIDNotAvailable(RestoreError):
 
 
 class TimestampNotAvailable(RestoreError):
-    """The asked time lies outside the stored range. None for `oldest` and `newest`: no time can be restored."""
+    """The asked time lies outside the stored range. None for `oldest` and `newest`: no time can be restored.
 
-    def __init__(self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None) -> None:
-        self.timestamp, self.oldest, self.newest = timestamp, oldest, newest
-        if oldest and newest:
+    `gap`: the time lies between two generations of the 0.3 format, which end and begin then (RFC 3339).
+    """
+
+    def __init__(
+        self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None, gap: tuple[str, str] | None = None
+    ) -> None:
+        self.timestamp, self.oldest, self.newest, self.gap = timestamp, oldest, newest, gap
+        if gap:
+            held = f"nothing is stored between {gap[0]} and {gap[1]}, when a new generation begins"
+            hint = f"-timestamp {gap[0]} restores the last state before it"
+        elif oldest and newest:
             held = f"stored: {oldest.isoformat()} to {newest.isoformat()}"
             hint = "choose a time later than the oldest, and not later than the newest: it restores the last state before it"
         else:
             held, hint = "no chain of stored files begins", "`pyrepl history URL` shows what can be restored"
         super().__init__(f"timestamp does not exist: {timestamp.isoformat()}; {held}", hint=hint)
+
+
+class GenerationNotAvailable(RestoreError):
+    """There is no generation of that name."""
+
+    def __init__(self, url: str, generation: str) -> None:
+        self.url, self.generation = url, generation
+        super().__init__(f"no such generation: {generation} ({url})", hint="`pyrepl generations URL` lists them")
+
+
+class SnapshotNotAvailable(RestoreError):
+    """A generation has no snapshot that the asked state could begin with."""
+
+    def __init__(self, generation: str, reason: str) -> None:
+        self.generation, self.reason = generation, reason
+        super().__init__(f"no snapshots available in generation {generation}: {reason}", hint="`pyrepl snapshots URL` lists them")
+
+
+class MissingSegment(RestoreError):
+    """A WAL segment of the 0.3 format that must be there is not. `name`: what it would be called."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(
+            f"missing wal segment {name}: {reason}", hint="restore an earlier moment with -timestamp or -index, or another generation"
+        )
 
 
 class NonContiguous(RestoreError):
@@ -378,10 +418,10 @@ class LeaseError(ReplicatorError):
 class Fenced(LeaseError):
     """Another writer appended at the TXID that this process was about to write."""
 
-    def __init__(self, url: str, txid: int) -> None:
+    def __init__(self, url: str, txid: int, *, why: str = "") -> None:
         self.url, self.txid = url, txid
         super().__init__(
-            f"another writer owns the replica: {url} (TXID {txid:016x} holds other bytes)",
+            f"another writer owns the replica: {url} ({why or f'TXID {txid:016x} holds other bytes'})",
             hint="only one process may write a replica; stop one of them, then restart",
         )
 

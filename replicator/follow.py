@@ -44,8 +44,9 @@ from replicator.format.ltx import TXID, Decoder, FileInfo, Header, format_txid
 from replicator.format.sqlite import lock_pgno
 from replicator.inplace import Change, InPlace
 from replicator.plan import plan_follow
+from replicator.publish import IntegrityCheck, temporary_paths
 from replicator.replica import read_lineage
-from replicator.restorer import IntegrityCheck, restore_database, temporary_paths
+from replicator.restorer import restore_database
 from replicator.restores import announce
 from replicator.storage.base import ReplicaClient
 

@@ -27,7 +27,7 @@ from replicator.recent import RecentFiles
 from replicator.replica import Replica
 from replicator.retention import due_retention, expired_files, safe_to_delete, untrusted_times
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "Task"]
 
 RETRY_S = (1.0, 5.0, 15.0, 60.0, 300.0)
 DENIED_RETRY_S = 3600.0
@@ -40,7 +40,7 @@ Key = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """One thing to do: `name` for messages and retries, `due` in seconds since 1970."""
 
     due: float
@@ -93,14 +93,20 @@ class Keeper:
                 "files cannot be read back without identities, so they are not merged; full images bound them replica=%s", replica.url
             )
 
+    @property
+    def progress(self) -> object:
+        """Something that changes when the replica has got what may make something due earlier."""
+        return self.replica.txid
+
     def due(self) -> float | None:
         """Return when the next thing is due, in seconds since 1970; None when nothing is before the next upload."""
         return min((task.due for task in self._tasks()), default=None)
 
     def step(self) -> bool:
         """Do what is due first; False when nothing is due now."""
-        now = self._clock()
-        task = min((task for task in self._tasks() if task.due <= now), key=lambda task: task.due, default=None)
+        tasks = self._tasks()
+        now = self._clock()  # after them: what is due at once is due at the time of their making
+        task = min((task for task in tasks if task.due <= now), key=lambda task: task.due, default=None)
         if task is None:
             return False
         try:
@@ -113,17 +119,17 @@ class Keeper:
                 log.info("history is kept again replica=%s task=%s", self.replica.url, task.name)
         return True
 
-    def _tasks(self) -> list[_Task]:
+    def _tasks(self) -> list[Task]:
         """All that will be due without new files. Of what is due at the same time compaction comes first, from the lowest level up."""
         now, files = self._clock(), self._sound(self.replica.listing())
-        tasks: list[_Task] = []
+        tasks: list[Task] = []
         for due, compaction in due_compactions(files, self.history, now) if self.replica.client.can_read else ():
             name = f"compaction into level {compaction.level}"
-            tasks.append(_Task(max(due, now + self._wait(name)), name, partial(self._compact, compaction)))
+            tasks.append(Task(max(due, now + self._wait(name)), name, partial(self._compact, compaction)))
         if (when := self._snapshot_due(files, now)) is not None:
-            tasks.append(_Task(max(when, now + self._wait("snapshot")), "snapshot", self._snapshot))
+            tasks.append(Task(max(when, now + self._wait("snapshot")), "snapshot", self._snapshot))
         if self._can_tell_age(files, now) and (when := due_retention(files, self.history, now)) is not None:
-            tasks.append(_Task(max(when, now + self._wait("retention")), "retention", self._retain))
+            tasks.append(Task(max(when, now + self._wait("retention")), "retention", self._retain))
         return tasks
 
     def _wait(self, name: str) -> float:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,11 @@ class OutFile:
         if isinstance(self.body, Path):
             self.body.unlink(missing_ok=True)
 
+    @property
+    def staged_name(self) -> str:
+        """The file's name in the staging folder, which says where it belongs."""
+        return _staged_name(self.level, self.min_txid, self.max_txid)
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPages:
@@ -85,7 +90,10 @@ class EncodedPages:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The next TXID: its files in the order in which they must be stored, and the state after it."""
+    """The next TXID: its files in the order in which they must be stored, and the state after it.
+
+    `whole`: it needs none of the entries before it.
+    """
 
     txid: TXID
     files: tuple[OutFile, ...]
@@ -94,6 +102,7 @@ class Entry:
     commit: int
     timestamp_ms: int
     position: WALPosition
+    whole: bool = False
 
     @property
     def is_staged(self) -> bool:
@@ -154,15 +163,15 @@ class Staging:
         for out in entry.files:
             body = out.body
             if isinstance(body, bytes):
-                file, path = self.create(_staged_name(out.level, out.min_txid, out.max_txid))
+                file, path = self.create(out.staged_name)
                 try:
                     _write_all(file, body)
                 except BaseException:
                     self.discard(file, path)
                     raise
                 body = self.finish(file, path)
-            files.append(OutFile(out.level, out.min_txid, out.max_txid, out.timestamp_ms, body))
-        return Entry(entry.txid, tuple(files), entry.encoded, entry.page_size, entry.commit, entry.timestamp_ms, entry.position)
+            files.append(replace(out, body=body))
+        return replace(entry, files=tuple(files))
 
     def is_full(self) -> bool:
         """True when the bound of the folder is reached, or the disk is nearly full."""

@@ -37,7 +37,7 @@ from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
 from replicator.storage.probe import probe_conditional_writes
 
-__all__ = ["Replica", "new_lineage", "read_lineage"]
+__all__ = ["Replica", "new_lineage", "read_lineage", "same_bytes"]
 
 LINEAGE = "pyrepl/lineage.json"
 COMPARE_BYTES = 1 << 20
@@ -104,6 +104,11 @@ class Replica:
     @property
     def url(self) -> str:
         return self.client.url
+
+    @property
+    def position(self) -> str:
+        """Where the newest stored bytes end, in the words of the format; empty where the TXID says it all."""
+        return ""
 
     def open(self, *, allow_gap: bool = False) -> bytes | None:
         """Find out what is stored: sets `txid`; returns the lineage, or None when none is recorded.
@@ -310,7 +315,7 @@ class Replica:
                 same = self.client.holds(_info(file), file.body)
             else:
                 with self.client.open(_info(file)) as theirs:
-                    same = _same(theirs.read, file.body)
+                    same = same_bytes(theirs.read, file.body)
         except ObjectNotFound:
             return False
         if not same:
@@ -349,8 +354,8 @@ def _info(file: OutFile) -> FileInfo:
     return FileInfo(file.level, file.min_txid, file.max_txid, file.size, created_at(file.timestamp_ms))
 
 
-def _same(read: object, body: bytes | Path) -> bool:
-    assert callable(read)
+def same_bytes(read: Callable[[int], bytes], body: bytes | Path) -> bool:
+    """True when reading gives exactly the body."""
     if isinstance(body, bytes):
         at = 0
         while data := read(COMPARE_BYTES):

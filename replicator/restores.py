@@ -21,11 +21,12 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from replicator.atomic import write_all
 from replicator.format.ltx import TXID, FileInfo
 
-__all__ = ["Announcement", "announce", "default_folder", "planned"]
+__all__ = ["Announcement", "announce", "default_folder", "planned", "planned_generations"]
 
 MAX_FILES = 1 << 16
 MAX_BYTES = 4 << 20
@@ -64,10 +65,17 @@ class Announcement:
     def plan(self, url: str, files: Iterable[FileInfo]) -> None:
         """Note what will be read, in place of what was noted before. Never raises `OSError`."""
         triples = [[info.level, info.min_txid, info.max_txid] for info, _ in zip(files, range(MAX_FILES), strict=False)]
+        self._note({"url": url, "files": triples})
+
+    def plan_generation(self, url: str, generation: str, index: int) -> None:
+        """Note that a generation of the 0.3 format will be read from `index` on. Otherwise as `plan`."""
+        self._note({"url": url, "files": [], "generation": generation, "index": index})
+
+    def _note(self, document: Mapping[str, object]) -> None:
         try:
             directory = _open_folder(self._folder, create=True)
             try:
-                file = _write(directory, self._name, json.dumps({"url": url, "files": triples}).encode())
+                file = _write(directory, self._name, json.dumps(document).encode())
             finally:
                 os.close(directory)
         except OSError as error:
@@ -99,24 +107,43 @@ def planned(url: str, *, folder: Path | None = None) -> set[tuple[int, TXID, TXI
         folder: the user's own when None.
     """
     found: set[tuple[int, TXID, TXID]] = set()
+    for document in _notes(url, folder):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found |= {(int(level), TXID(int(low)), TXID(int(high))) for level, low, high in document["files"][:MAX_FILES]}
+    return found
+
+
+def planned_generations(url: str, *, folder: Path | None = None) -> dict[str, int]:
+    """Return the generations of the 0.3 format that a restore running on this machine may still read, and the lowest index it reads there.
+
+    Arguments as those of `planned`.
+    """
+    found: dict[str, int] = {}
+    for document in _notes(url, folder):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            generation, index = str(document["generation"]), int(document["index"])
+            found[generation] = min(index, found.get(generation, index))
+    return found
+
+
+def _notes(url: str, folder: Path | None) -> Iterator[dict[str, Any]]:
     folder = default_folder(os.environ) if folder is None else folder
     try:
         directory = _open_folder(folder, create=False)
     except FileNotFoundError:
-        return found
+        return
     except OSError as error:
         log.debug("announced restores cannot be read folder=%s error=%s", folder, error)
-        return found
+        return
     try:
         for name in sorted(os.listdir(directory))[:MAX_RESTORES]:
             data = _read_or_sweep(directory, name)
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 document = json.loads(data)
                 if document["url"] == url:
-                    found |= {(int(level), TXID(int(low)), TXID(int(high))) for level, low, high in document["files"][:MAX_FILES]}
+                    yield document
     finally:
         os.close(directory)
-    return found
 
 
 def _open_folder(folder: Path, *, create: bool) -> int:

@@ -124,7 +124,7 @@ class KeeperThread:
             board.changed.wait_for(lambda: board.ends or (board.state != "starting" and replica.online))
         try:
             while not board.ends:
-                seen, due = replica.txid, keeper.due()
+                seen, due = keeper.progress, keeper.due()
                 if self._sleep(seen, due):
                     keeper.step()
         except Exception as error:
@@ -132,12 +132,12 @@ class KeeperThread:
             log.error("the history is not kept any more, by a defect replica=%s", replica.url, exc_info=error)
             keeper.problems["keeper"] = f"internal error: {error!r}"
 
-    def _sleep(self, seen: TXID, due: float | None) -> bool:
+    def _sleep(self, seen: object, due: float | None) -> bool:
         """Sleep until something is due; False when a file has come that may be due for merging before everything else."""
-        board, replica, interval_s = self._board, self._keeper.replica, self._keeper.history.level_intervals_s[0]
+        board, keeper, interval_s = self._board, self._keeper, self._keeper.history.level_intervals_s[0]
 
         def is_early() -> bool:
-            return replica.txid != seen and (due is None or due > next_boundary(time.time(), interval_s))
+            return keeper.progress != seen and (due is None or due > next_boundary(time.time(), interval_s))
 
         with board.changed:
             return not board.changed.wait_for(lambda: board.ends or is_early(), None if due is None else max(0.0, due - time.time()))

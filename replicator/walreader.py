@@ -106,6 +106,10 @@ class WALFile:
         data = os.pread(self._file, FRAME_HEADER_SIZE, offset)
         return decode_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from a byte offset on."""
+        return os.pread(self._file, size, offset)
+
     def page(self, offset: int, size: int) -> bytes:
         """Return the `size` bytes of the page image at a byte offset.
 

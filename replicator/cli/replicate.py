@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, load_config, log_warnings
 from replicator.cli.output import EXIT_FAILED, log_to
@@ -25,6 +25,7 @@ from replicator.errors import ConfigError, DatabaseStateError, LeaseError, NoBac
 if TYPE_CHECKING:
     from replicator.api import Replicator
     from replicator.config import DatabaseSettings
+    from replicator.formats import Format
     from replicator.storage.base import ReplicaClient
 
 __all__ = ["COMMAND"]
@@ -47,7 +48,7 @@ def replicate(flags: dict[str, str], arguments: list[str]) -> int:
         log_to(sys.stdout, flags.get("log-level", "info"))
         members = [_from_arguments(flags, arguments[0], arguments[1:])]
     else:
-        for name in ("sync-interval", "meta-path"):
+        for name in ("sync-interval", "meta-path", "format"):
             if name in flags:
                 raise UsageError(f"-{name} goes with a database and URLs; the configuration file has its own key for it")
         members = _from_config(flags)
@@ -67,7 +68,15 @@ def _from_arguments(flags: dict[str, str], path: str, urls: Sequence[str]) -> _M
     interval = duration_flag(flags, "sync-interval")
     force = flags.get("force-snapshot") == "true"
     history = None if flags.get("once") == "true" else History()
-    engine = Replicator(path, *clients, meta_path=flags.get("meta-path"), sync_interval_s=interval, force_snapshot=force, history=history)
+    engine = Replicator(
+        path,
+        *clients,
+        meta_path=flags.get("meta-path"),
+        sync_interval_s=interval,
+        force_snapshot=force,
+        history=history,
+        format=cast("Format", flags.get("format", "ltx")),  # Replicator looks at it
+    )
     return _Member(engine, Path(path), clients, restore_missing=flags.get("restore-if-db-not-exists") == "true")
 
 
@@ -101,6 +110,7 @@ def _from_settings(flags: dict[str, str], settings: DatabaseSettings) -> _Member
         force_snapshot=flags.get("force-snapshot") == "true",
         history=None if flags.get("once") == "true" else [item.history for item in settings.replicas],
         verify_interval_s=settings.verify_interval_s,
+        format=settings.format,
         **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
     )
     wanted = settings.restore_if_db_not_exists or flags.get("restore-if-db-not-exists") == "true"
@@ -137,14 +147,17 @@ class _Member:
         self.error, self.started = None, True
         log.info("initialized db path=%s", self.path)
         for replica in self.engine.status().replicas:
-            log.info("replicating to type=%s url=%s txid=%016x", replica.kind, replica.url, replica.txid)
+            if replica.position:
+                log.info("replicating to type=%s url=%s position=%s", replica.kind, replica.url, replica.position)
+            else:
+                log.info("replicating to type=%s url=%s txid=%016x", replica.kind, replica.url, replica.txid)
 
     def _restore(self) -> None:
         """Restore a database that is missing. Only "nothing is stored" lets it begin anew: with an unreachable replica nobody knows."""
         if not self._restore_missing or self.path.exists():
             return
         from replicator.api import restore
-        from replicator.restorer import newest_first
+        from replicator.v3restore import newest_first
 
         try:
             # Only when all have been asked: what is restored is written to all of them, and one that is away may be ahead.
@@ -172,7 +185,11 @@ class _Member:
             self.engine.close(timeout_s)
         except (ReplicatorError, OSError, sqlite3.Error) as error:
             self._note(error)
-        log.info("replication stopped path=%s txid=%016x", self.path, self.engine.status().txid)
+        status = self.engine.status()
+        if status.position:
+            log.info("replication stopped path=%s position=%s", self.path, status.position)
+        else:
+            log.info("replication stopped path=%s txid=%016x", self.path, status.txid)
 
     def _note(self, error: Exception) -> None:
         if self.error is None:
@@ -225,13 +242,14 @@ def _run(members: Sequence[_Member], flags: dict[str, str], *, retry: bool) -> N
 
 COMMAND = Command(
     f"pyrepl replicate [-once] [-force-snapshot] [-restore-if-db-not-exists] [-log-level L] {CONFIG_FLAGS}\n"
-    "       pyrepl replicate [...] [-sync-interval D] [-meta-path PATH] DB URL...",
+    "       pyrepl replicate [...] [-sync-interval D] [-meta-path PATH] [-format v0.3] DB URL...",
     "Replicate databases until stopped: those of the configuration file, or one.\n\n-once: store what is committed now, then exit.\n"
     "-force-snapshot: with -once, store a full image; begin anew where a replica has lost its files.\n"
     "-restore-if-db-not-exists: restore a database that is missing before it is replicated.\n"
+    "-format: ltx, or v0.3 for fleets that still restore with Litestream 0.3.\n"
     "-config: the file, instead of $LITESTREAM_CONFIG or /etc/litestream.yml.  -no-expand-env: leave $NAME in it alone.\n"
     "-lenient: keys that nobody knows, and durations without a unit, are warnings.",
     ("once", "force-snapshot", "restore-if-db-not-exists", *CONFIG_SWITCHES),
-    ("sync-interval", "meta-path", "log-level", "timeout", *CONFIG_OPTIONS),
+    ("sync-interval", "meta-path", "format", "log-level", "timeout", *CONFIG_OPTIONS),
     replicate,
 )

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,9 @@ from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.errors import NoBackups
 
 if TYPE_CHECKING:
+    from replicator.format.ltx import FileInfo
     from replicator.storage.base import ReplicaClient
+    from replicator.v3plan import V3Plan
 
 __all__ = ["COMMAND"]
 
@@ -36,8 +37,13 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
         raise UsageError("output path required: -o PATH")
     if "txid" in flags and "timestamp" in flags:
         raise UsageError("cannot specify -txid and -timestamp")
+    if "index" in flags and "timestamp" in flags:
+        raise UsageError("cannot specify index & timestamp to restore")
+    for flag in ("generation", "index") if "txid" in flags else ():
+        if flag in flags:
+            raise UsageError(f"cannot specify -txid and -{flag}")
     following = flags.get("f") == "true"
-    for flag in ("txid", "timestamp") if following else ():
+    for flag in ("txid", "timestamp", "generation", "index") if following else ():
         if flag in flags:
             raise UsageError(f"cannot use follow mode with -{flag}")
     if following and flags.get("dry-run") == "true":
@@ -57,16 +63,32 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
         return 0
     from replicator.api import parse_timestamp
     from replicator.api import restore as restore_database
-    from replicator.format.ltx import parse_txid
+    from replicator.format.ltx import TXID, parse_txid
+    from replicator.format.v3 import is_generation, parse_index
 
     txid = parse_txid(flags["txid"]) if "txid" in flags else None
-    timestamp = parse_timestamp(flags["timestamp"]) if "timestamp" in flags else None
+    if "timestamp" in flags:
+        parse_timestamp(flags["timestamp"])
+    index = parse_index(flags["index"]) if "index" in flags else None
+    generation = flags.get("generation")
+    if generation is not None and not is_generation(generation):
+        raise UsageError(f"invalid value for -generation: {generation!r} (16 hex digits)")
     try:
         if flags.get("dry-run") == "true":
             from replicator.restorer import first_answer
+            from replicator.v3restore import find_any_plan
 
-            as_json = flags.get("json") == "true"
-            return first_answer(source.clients, lambda client: _show_plan(client, output, txid, timestamp, as_json=as_json))
+            def show(client: ReplicaClient) -> int:
+                plan = find_any_plan(
+                    client,
+                    txid=None if txid is None else TXID(txid),
+                    timestamp_ns=parse_timestamp(flags["timestamp"]) if "timestamp" in flags else None,
+                    generation=generation,
+                    index=index,
+                )
+                return _show_plan(client, plan, output, as_json=flags.get("json") == "true")
+
+            return first_answer(source.clients, show)
         if following:
             return _follow(source.clients[0], output, flags, interval_s)
         with Bar() as bar:
@@ -74,7 +96,9 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
                 source.clients,
                 output,
                 txid=txid,
-                timestamp=timestamp,
+                timestamp=flags.get("timestamp"),
+                generation=generation,
+                index=index,
                 force=flags.get("force") == "true",
                 integrity_check=check,  # type: ignore[arg-type]
                 parallelism=int(parallelism),
@@ -86,7 +110,19 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
             return 0
         raise
     if flags.get("json") == "true":
-        _print_result(str(result.output), _kind(source.clients, result.url), result.txid, result.duration_s, check)
+        _print_result(
+            str(result.output), _kind(source.clients, result.url), result.txid, result.duration_s, check, result.generation, result.index
+        )
+    elif result.generation:
+        log.info(
+            "restored db path=%s generation=%s index=%08x files=%d pages=%d duration=%.3fs",
+            output,
+            result.generation,
+            result.index,
+            result.files,
+            result.commit,
+            result.duration_s,
+        )
     else:
         log.info(
             "restored db path=%s txid=%016x files=%d pages=%d duration=%.3fs",
@@ -141,51 +177,62 @@ def _kind(clients: Sequence[ReplicaClient], url: str) -> str:
     return next((client.kind for client in clients if client.url == url), clients[0].kind)
 
 
-def _print_result(output: str, kind: str, txid: int, duration_s: float, check: str) -> None:
-    document = {
-        "db_path": output,
-        "replica": kind,
-        "txid": f"{txid:016x}",
-        "duration_ms": round(duration_s * 1000),
-        "integrity_check": check,
-    }
+def _print_result(output: str, kind: str, txid: int, duration_s: float, check: str, generation: str = "", index: int = 0) -> None:
+    what = {"format": "0.3", "generation": generation, "index": f"{index:08x}"} if generation else {"txid": f"{txid:016x}"}
+    document = {"db_path": output, "replica": kind, **what, "duration_ms": round(duration_s * 1000), "integrity_check": check}
     print(json.dumps(document, indent=2))
 
 
-def _show_plan(client: ReplicaClient, output: str, txid: int | None, timestamp: datetime | None, *, as_json: bool) -> int:
-    from replicator.format.ltx import TXID
-    from replicator.restorer import find_plan
+def _show_plan(client: ReplicaClient, plan: Sequence[FileInfo] | V3Plan, output: str, *, as_json: bool) -> int:
+    from replicator.v3plan import V3Plan
 
-    plan = find_plan(client, txid=None if txid is None else TXID(txid), timestamp=timestamp)
-    files = [
-        {
-            "level": info.level,
-            "name": info.name,
-            "min_txid": f"{info.min_txid:016x}",
-            "max_txid": f"{info.max_txid:016x}",
-            "size": info.size,
-            "timestamp": time_text(info.created_at),
-        }
-        for info in plan
-    ]
-    low, high = f"{plan[0].min_txid:016x}", f"{plan[-1].max_txid:016x}"
+    files: list[dict[str, object]]
+    if isinstance(plan, V3Plan):
+        low, high = f"{plan.snapshot.index:08x}", f"{plan.index:08x}"
+        what: dict[str, object] = {"format": "0.3", "generation": plan.generation, "min_index": low, "max_index": high}
+        lines = f"  format: 0.3\n  generation: {plan.generation}\n  index range: {low} - {high}"
+        files = [
+            {
+                "name": info.name.rpartition("/")[2],
+                "index": f"{info.index:08x}",
+                "offset": getattr(info, "offset", None),
+                "size": info.size,
+                "timestamp": time_text(info.created_at),
+            }
+            for info in plan.files
+        ]
+        header = ["file", "index", "offset", "size", "timestamp"]
+    else:
+        low, high = f"{plan[0].min_txid:016x}", f"{plan[-1].max_txid:016x}"
+        what = {"min_txid": low, "max_txid": high}  # the peer's document says no format
+        lines = f"  format: ltx\n  txid range: {low} - {high}"
+        files = [
+            {
+                "level": info.level,
+                "name": info.name,
+                "min_txid": f"{info.min_txid:016x}",
+                "max_txid": f"{info.max_txid:016x}",
+                "size": info.size,
+                "timestamp": time_text(info.created_at),
+            }
+            for info in plan
+        ]
+        header = ["level", "file", "min_txid", "max_txid", "size", "timestamp"]
     if as_json:
-        document = {"source": client.url, "target_path": output, "replica": client.kind, "min_txid": low, "max_txid": high, "files": files}
-        print(json.dumps(document, indent=2))
+        print(json.dumps({"source": client.url, "target_path": output, "replica": client.kind, **what, "files": files}, indent=2))
         return 0
-    print(
-        f"Restore plan:\n  source: {client.url}\n  target: {output}\n  replica: {client.kind}\n  txid range: {low} - {high}\n\nFiles to fetch:"
-    )
-    table(["level", "file", "min_txid", "max_txid", "size", "timestamp"], [[str(value) for value in file.values()] for file in files])
+    print(f"Restore plan:\n  source: {client.url}\n  target: {output}\n  replica: {client.kind}\n{lines}\n\nFiles to fetch:")
+    table(header, [["" if value is None else str(value) for value in file.values()] for file in files])
     return 0
 
 
 COMMAND = Command(
-    "pyrepl restore [-o PATH] [-txid HEX | -timestamp TIME] [-f [-follow-interval D]] [-force] [-dry-run] [-json] [-if-db-not-exists] "
+    "pyrepl restore [-o PATH] [-txid HEX | -timestamp TIME | [-generation NAME] [-index HEX]] [-f [-follow-interval D]] [-force] [-dry-run] [-json] [-if-db-not-exists] "
     f"[-if-replica-exists] [-integrity-check none|quick|full] [-parallelism N] {CONFIG_FLAGS} DB|URL",
     "Restore a database from a replica.\n\n"
+    "Replicas of Litestream 0.3 are restored, too; -generation (also with -timestamp) and -index choose among their data.\n"
     "-f: go on and keep the output up to date as a read-only copy, until stopped; continues a copy that has its -txid file beside it.",
     ("f", "force", "dry-run", "json", "if-db-not-exists", "if-replica-exists", *CONFIG_SWITCHES),
-    ("o", "txid", "timestamp", "follow-interval", "integrity-check", "parallelism", "log-level", *CONFIG_OPTIONS),
+    ("o", "txid", "timestamp", "generation", "index", "follow-interval", "integrity-check", "parallelism", "log-level", *CONFIG_OPTIONS),
     restore,
 )

@@ -41,7 +41,7 @@ from replicator.atomic import AtomicFile, sweep
 from replicator.errors import AccessDenied, ConfigError, CorruptReplica, ObjectNotFound, PreconditionFailed, StorageUnavailable, WrongKey
 from replicator.format.age import MAGIC, header_size, plaintext_size
 from replicator.format.ltx import TXID, FileInfo
-from replicator.storage.base import AGE, FROM_START, Body, ControlObject, Layout, ReadStream, ReplicaClient
+from replicator.storage.base import AGE, FROM_START, Body, ControlObject, Layout, ObjectStore, ReadStream, ReplicaClient, StoredObject
 
 __all__ = ["AgeClient"]
 
@@ -65,7 +65,7 @@ _Address = tuple[int, TXID, TXID]
 _Listed = tuple[TXID, TXID, int, datetime]
 
 
-class _LaidOut(ReplicaClient, Protocol):
+class _LaidOut(ReplicaClient, ObjectStore, Protocol):
     """A client that was opened for a layout."""
 
     @property
@@ -144,16 +144,24 @@ class AgeClient:
             raise ConfigError(f"cannot read without an age identity: {self._name(info)}", hint="give the identity of one of the recipients")
         source = self._inner.open(info)
         try:
-            start, header = _read_header(source)
-            if not header:
-                raise CorruptReplica(self._name(info), f"not an encrypted file ({_what(start)})")
+            start, header = self._begin(source, self._name(info))
             if size is None or size > _RANGE_BYTES:
-                return _Decryption(lambda reader, writer: self._decrypt(info, reader, writer), _Reader(start, source), offset, size)
+                return self._decryption(self._name(info), start, source, offset, size)
             with source:
                 return BytesIO(self._range(info, start[:header], _Reader(start, source), offset, size))
         except BaseException:
             source.close()
             raise
+
+    def _begin(self, source: ReadStream, name: str) -> tuple[bytes, int]:
+        """Read the header; return what was read and the header's length."""
+        start, header = _read_header(source)
+        if not header:
+            raise CorruptReplica(name, f"not an encrypted file ({_what(start)})")
+        return start, header
+
+    def _decryption(self, name: str, start: bytes, source: ReadStream, offset: int, size: int | None) -> _Decryption:
+        return _Decryption(lambda reader, writer: self._decrypt(name, reader, writer), _Reader(start, source), offset, size)
 
     def metadata(self, info: FileInfo) -> dict[str, str]:
         return self._inner.metadata(info)
@@ -212,7 +220,7 @@ class AgeClient:
         keep = offset >= _PIECE_BYTES and end >= info.size
         start = max(0, offset - _TAIL_BYTES) if keep else offset
         parts = bytearray()
-        self._decrypt(info, reader, _Window(parts.extend, start, None if keep else end))
+        self._decrypt(self._name(info), reader, _Window(parts.extend, start, None if keep else end))
         data = bytes(parts)
         if keep:
             with self._lock:
@@ -221,7 +229,7 @@ class AgeClient:
                     self._tails.popitem(last=False)
         return data[offset - start : offset - start + size]
 
-    def _decrypt(self, info: FileInfo, reader: _Reader, writer: _Window) -> None:
+    def _decrypt(self, name: str, reader: _Reader, writer: _Window) -> None:
         """Decrypt until the end, or until the writer has what it wants.
 
         Raises:
@@ -241,8 +249,8 @@ class AgeClient:
             if not isinstance(exc, self._age.DecryptError | OSError):
                 raise
             if "No matching keys" in str(exc):
-                raise WrongKey(self._name(info)) from exc
-            raise CorruptReplica(self._name(info), f"it does not decrypt ({str(exc).partition(chr(10))[0].lower()})") from exc
+                raise WrongKey(name) from exc
+            raise CorruptReplica(name, f"it does not decrypt ({str(exc).partition(chr(10))[0].lower()})") from exc
 
     def _name(self, info: FileInfo) -> str:
         return f"{self.url} level {info.level} {AGE.name(info)}"
@@ -330,6 +338,41 @@ class AgeClient:
                 replaced.append(self._kept.popitem(last=False)[1])
         for old in replaced:
             old.ciphertext.discard()
+
+    # -- objects of the 0.3 format: encrypted under the names that plain ones have ------------------------------------------------
+
+    def list_folders(self, folder: str) -> Sequence[str]:
+        return self._inner.list_folders(folder)
+
+    def list_objects(self, folder: str) -> Sequence[StoredObject]:
+        return self._inner.list_objects(folder)
+
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        if not self._identities:
+            raise ConfigError(f"cannot read without an age identity: {name}", hint="give the identity of one of the recipients")
+        source = self._inner.open_object(name)
+        where = f"{self.url} {name}"
+        try:
+            start, _ = self._begin(source, where)
+            return self._decryption(where, start, source, offset, None)
+        except BaseException:
+            source.close()
+            raise
+
+    def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
+        """As the contract says; a second try sends another ciphertext of the same body."""
+        self._check_writable()
+        sent = self._encrypt(body)
+        try:
+            return self._inner.put_object(name, sent.body, if_absent=if_absent)
+        finally:
+            sent.discard()
+
+    def delete_objects(self, names: Iterable[str]) -> None:
+        self._inner.delete_objects(names)
+
+    def delete_folder(self, folder: str) -> None:
+        self._inner.delete_folder(folder)
 
     # -- control objects ---------------------------------------------------------------------------------------------------------
 
@@ -590,6 +633,8 @@ def _read_header(stream: _Readable) -> tuple[bytes, int]:
 
 
 def _what(start: bytes) -> str:
+    if start.startswith(b"\x04\x22\x4d\x18"):
+        return "a plain file of the 0.3 format"
     return "a plain LTX file" if start.startswith(b"LTX1") else "it has no complete header"
 
 

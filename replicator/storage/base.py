@@ -21,7 +21,7 @@ Rules that every client keeps, and that the conformance suite checks on each of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,10 +38,13 @@ __all__ = [
     "Comparing",
     "ControlObject",
     "Layout",
+    "ObjectStore",
     "ReadStream",
     "ReplicaClient",
+    "StoredObject",
     "check_control_name",
     "check_metadata",
+    "check_object_name",
     "created_at",
 ]
 
@@ -51,7 +54,8 @@ FROM_START = TXID(0)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _CONTROL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,3}")
-_LTX_FOLDER = re.compile(r"(ltx|age|[0-9a-f]{4})(/.*)?")
+_LTX_FOLDER = re.compile(r"(ltx|age|generations|[0-9a-f]{4})(/.*)?")
+_OBJECT_NAME = re.compile(r"generations(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,3}")
 _METADATA_KEY = re.compile(r"pyrepl-[a-z0-9-]{1,64}")
 _METADATA_VALUE = re.compile(r"[!-~]([ -~]{0,510}[!-~])?")
 
@@ -183,6 +187,68 @@ class Comparing(Protocol):
         Raises:
             ObjectNotFound: there is no such file.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object of `ObjectStore`. `name` as asked: below the folder in a listing. `created_ns`: when the store got it, since 1970."""
+
+    name: str
+    size: int
+    created_ns: int
+
+
+@runtime_checkable
+class ObjectStore(Protocol):
+    """Objects by their names below `generations` in the replica's path: what the 0.3 format is read from and written to (see `v3.V3Client`).
+
+    The rules of `ReplicaClient` hold: an object is there with all its bytes or not at all, is stored durably when `put_object` returns,
+    and errors are those of `replicator.errors`. A folder that is missing is empty. Listings are in no particular order.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Backend name as Litestream prints it."""
+
+    @property
+    def url(self) -> str:
+        """Where this is, for people and logs. Never contains a secret."""
+
+    @property
+    def can_read(self) -> bool:
+        """Whether `open_object` works (see `ReplicaClient.can_read`)."""
+
+    def list_folders(self, folder: str) -> Sequence[str]:
+        """Return the names of the folders in a folder."""
+
+    def list_objects(self, folder: str) -> Sequence[StoredObject]:
+        """Return the objects in a folder, not those in its folders. Sizes are those that are stored."""
+
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        """Open an object, or what follows `offset`. Raises `ObjectNotFound` now, not at the first read."""
+
+    def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
+        """Store an object, in place of one of that name.
+
+        Raises:
+            PreconditionFailed: `if_absent` and the object exists.
+            StorageUnavailable: the outcome is unknown.
+        """
+
+    def delete_objects(self, names: Iterable[str]) -> None:
+        """Delete objects, in batches where the backend can. Missing ones are no error."""
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder with all that is in it. A missing one is no error."""
+
+    def close(self) -> None:
+        """Release connections. The client is not used afterwards."""
+
+
+def check_object_name(name: str) -> None:
+    """Refuse names and folders that are not below `generations`, on any backend. Raises `ValueError`."""
+    if not _OBJECT_NAME.fullmatch(name):
+        raise ValueError(f"not a name of a stored object: {name!r}")
 
 
 def check_control_name(name: str) -> None:

@@ -17,19 +17,31 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from replicator.atomic import AtomicFile, link_file, make_directories, sweep, sync_directory, write_all, write_file
+from replicator.atomic import AtomicFile, is_temporary, link_file, make_directories, sweep, sync_directory, write_all, write_file
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo
-from replicator.storage.base import FROM_START, LITESTREAM, Body, ControlObject, Layout, ReadStream, check_control_name, created_at
+from replicator.storage.base import (
+    FROM_START,
+    LITESTREAM,
+    Body,
+    ControlObject,
+    Layout,
+    ReadStream,
+    StoredObject,
+    check_control_name,
+    check_object_name,
+    created_at,
+)
 
 __all__ = ["FileClient"]
 
@@ -65,6 +77,7 @@ class FileClient:
         self.root = Path(os.path.abspath(root))
         self.layout = layout
         self._prepared: set[int] = set()
+        self._swept: set[Path] = set()
         self._prepare_lock = threading.Lock()
 
     @property
@@ -104,21 +117,7 @@ class FileClient:
         yield from sorted(found, key=lambda info: (info.min_txid, info.max_txid))
 
     def open(self, info: FileInfo, *, offset: int = 0, size: int | None = None) -> ReadStream:
-        path = self.path(info)
-        with _translated(path):
-            # Not through a planted link, and not blocked for ever by a FIFO.
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                raise StorageError(f"not a regular file: {path}")
-            rest = max(0, status.st_size - offset)
-            if offset:
-                os.lseek(file, offset, os.SEEK_SET)
-            return _FileStream(file, path, rest if size is None else min(rest, size))
-        except BaseException:
-            os.close(file)
-            raise
+        return _open(self.path(info), offset, size)
 
     def put(
         self,
@@ -182,8 +181,67 @@ class FileClient:
                 return
             sync_directory(path.parent)
 
+    def list_folders(self, folder: str) -> Sequence[str]:
+        return [name for name, status in self._entries(folder) if stat.S_ISDIR(status.st_mode)]
+
+    def list_objects(self, folder: str) -> Sequence[StoredObject]:
+        return [
+            StoredObject(name, status.st_size, status.st_mtime_ns)
+            for name, status in self._entries(folder)
+            if stat.S_ISREG(status.st_mode) and not is_temporary(name)
+        ]
+
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        return _open(self._object_path(name), offset, None)
+
+    def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
+        path = self._object_path(name)
+        if isinstance(body, Path):
+            os.stat(body)  # a body that is missing is the caller's error, not the replica's
+        created_ns = time.time_ns()
+        with _translated(path):
+            if path.parent not in self._swept:
+                make_directories(path.parent)
+                sweep(path.parent)
+                self._swept.add(path.parent)
+            try:
+                size = _store(body, path, overwrite=not if_absent, mtime_ns=created_ns)
+            except FileNotFoundError:
+                if path.parent.is_dir():
+                    raise
+                make_directories(path.parent)  # somebody removed the folder after this client had made it
+                size = _store(body, path, overwrite=not if_absent, mtime_ns=created_ns)
+        return StoredObject(name, size, created_ns)
+
+    def delete_objects(self, names: Iterable[str]) -> None:
+        for name in names:
+            path = self._object_path(name)
+            with _translated(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+
+    def delete_folder(self, folder: str) -> None:
+        path = self._object_path(folder)
+        with _translated(path), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
     def close(self) -> None:
         pass
+
+    def _object_path(self, name: str) -> Path:
+        check_object_name(name)
+        return self.root / name
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+        path = self._object_path(folder)
+        with _translated(path):
+            try:
+                entries = os.scandir(path)
+            except FileNotFoundError:
+                return
+            with entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                        yield entry.name, entry.stat(follow_symlinks=False)
 
     def _prepare(self, level: int) -> None:
         """Make the folder of a level, once for each client and level, and sweep what dead writers left in it."""
@@ -235,6 +293,23 @@ class FileClient:
             yield
         finally:
             os.close(file)
+
+
+def _open(path: Path, offset: int, size: int | None) -> _FileStream:
+    with _translated(path):
+        # Not through a planted link, and not blocked for ever by a FIFO.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise StorageError(f"not a regular file: {path}")
+        rest = max(0, status.st_size - offset)
+        if offset:
+            os.lseek(file, offset, os.SEEK_SET)
+        return _FileStream(file, path, rest if size is None else min(rest, size))
+    except BaseException:
+        os.close(file)
+        raise
 
 
 class _FileStream:

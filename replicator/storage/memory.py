@@ -6,7 +6,8 @@ What another backend does differently from this one is a bug there, or a deviati
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
@@ -22,8 +23,10 @@ from replicator.storage.base import (
     ControlObject,
     Layout,
     ReadStream,
+    StoredObject,
     check_control_name,
     check_metadata,
+    check_object_name,
     created_at,
 )
 
@@ -44,10 +47,11 @@ class _Store:
     lock: threading.Lock = field(default_factory=threading.Lock)
     files: dict[tuple[Layout, int, TXID, TXID], _Stored] = field(default_factory=dict)
     control: dict[str, ControlObject] = field(default_factory=dict)
+    objects: dict[str, tuple[bytes, int]] = field(default_factory=dict)
 
 
 class MemoryClient:
-    """A client of an unnamed store of its own, or of one that it shares (see `named`)."""
+    """A client of an unnamed store of its own, or of one that it shares (see `named`). `clock_ns` gives the times of `put_object`."""
 
     kind = "memory"
     can_read = True
@@ -55,9 +59,10 @@ class MemoryClient:
     _named: ClassVar[dict[str, _Store]] = {}
     _named_lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, *, layout: Layout = LITESTREAM) -> None:
+    def __init__(self, *, layout: Layout = LITESTREAM, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self.url = "memory://"
         self.layout = layout
+        self._clock_ns = clock_ns
         self._store = _Store()
 
     @classmethod
@@ -137,6 +142,47 @@ class MemoryClient:
             if if_match is not None and (old is None or old.etag != if_match):
                 raise PreconditionFailed(name)
             self._store.control.pop(name, None)
+
+    def list_folders(self, folder: str) -> Sequence[str]:
+        check_object_name(folder)
+        with self._store.lock:
+            below = [name[len(folder) + 1 :] for name in self._store.objects if name.startswith(f"{folder}/")]
+        return sorted({name.partition("/")[0] for name in below if "/" in name})
+
+    def list_objects(self, folder: str) -> Sequence[StoredObject]:
+        check_object_name(folder)
+        with self._store.lock:
+            found = [(name[len(folder) + 1 :], *kept) for name, kept in self._store.objects.items() if name.startswith(f"{folder}/")]
+        return [StoredObject(name, len(data), created_ns) for name, data, created_ns in found if "/" not in name]
+
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        check_object_name(name)
+        with self._store.lock:
+            if name not in self._store.objects:
+                raise ObjectNotFound(name)
+            return BytesIO(self._store.objects[name][0][offset:])
+
+    def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
+        check_object_name(name)
+        data = body.read_bytes() if isinstance(body, Path) else bytes(body)
+        stored = StoredObject(name, len(data), self._clock_ns())
+        with self._store.lock:
+            if if_absent and name in self._store.objects:
+                raise PreconditionFailed(name)
+            self._store.objects[name] = (data, stored.created_ns)
+        return stored
+
+    def delete_objects(self, names: Iterable[str]) -> None:
+        for name in names:
+            check_object_name(name)
+            with self._store.lock:
+                self._store.objects.pop(name, None)
+
+    def delete_folder(self, folder: str) -> None:
+        check_object_name(folder)
+        with self._store.lock:
+            for name in [name for name in self._store.objects if name.startswith(f"{folder}/")]:
+                del self._store.objects[name]
 
     def close(self) -> None:
         pass

@@ -25,9 +25,10 @@ import contextlib
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -57,8 +58,10 @@ from replicator.storage.base import (
     ControlObject,
     Layout,
     ReadStream,
+    StoredObject,
     check_control_name,
     check_metadata,
+    check_object_name,
     created_at,
 )
 from replicator.storage.url import S3Settings
@@ -77,6 +80,8 @@ _DELETE_BATCH = 1000
 _MAX_PARTS = 10_000
 _MAX_CONTROL_SIZE = 1 << 20
 _CHUNK = 1 << 20
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
 _ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9.]{0,63}|[0-9]{3}")
@@ -198,17 +203,7 @@ class S3Client:
     ) -> FileInfo:
         key = self._level_prefix(level) + format_name(min_txid, max_txid) + self.layout.suffix
         when = created_at(timestamp_ms)
-        arguments = {
-            "ContentType": "application/octet-stream",
-            "Metadata": {_TIMESTAMP: _format_time(when), **check_metadata(metadata)},
-            **self._write_arguments,
-        }
-        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
-        if size > self._single_put_bytes:
-            self._put_parts(key, body, size, arguments, if_absent=if_absent)
-        else:
-            with body.open("rb") if isinstance(body, Path) else BytesIO(body) as data, self._translated(key, conditional=if_absent):
-                self._s3.put_object(Bucket=self.settings.bucket, Key=key, Body=data, **_conditions(if_absent=if_absent), **arguments)
+        size = self._put_body(key, body, if_absent=if_absent, Metadata={_TIMESTAMP: _format_time(when), **check_metadata(metadata)})
         if self._path_is_doubtful:
             self._check_path(key)
         return FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=size, created_at=when)
@@ -217,9 +212,53 @@ class S3Client:
         return {name: value for name, value in self._head(self._key(info)).items() if name.startswith(_OWN_METADATA)}
 
     def delete(self, files: Iterable[FileInfo]) -> None:
-        keys = [self._key(info) for info in files]
-        for first in range(0, len(keys), _DELETE_BATCH):
-            self._delete_batch(keys[first : first + _DELETE_BATCH])
+        self._delete_keys([self._key(info) for info in files])
+
+    # -- objects of the 0.3 format -----------------------------------------------------------------------------------------------
+
+    def list_folders(self, folder: str) -> Sequence[str]:
+        prefix = self._object_key(folder) + "/"
+        found = {
+            str(entry["Prefix"])[len(prefix) :].rstrip("/")
+            for page in self._list_pages(prefix, Delimiter="/")
+            for entry in page.get("CommonPrefixes", ())
+            if str(entry["Prefix"]).startswith(prefix)
+        }
+        return sorted(found)
+
+    def list_objects(self, folder: str) -> Sequence[StoredObject]:
+        prefix = self._object_key(folder) + "/"
+        found = {
+            str(entry["Key"])[len(prefix) :]: entry
+            for page in self._list_pages(prefix, Delimiter="/")
+            for entry in page.get("Contents", ())
+            if str(entry["Key"]).startswith(prefix)
+        }
+        return [
+            StoredObject(name, int(entry["Size"]), (entry["LastModified"] - _EPOCH) // _MICROSECOND * 1000)
+            for name, entry in found.items()
+            if name and "/" not in name
+        ]
+
+    def open_object(self, name: str, *, offset: int = 0) -> ReadStream:
+        return self._get(self._object_key(name), offset, None)[0]
+
+    def put_object(self, name: str, body: Body, *, if_absent: bool = False) -> StoredObject:
+        return StoredObject(name, self._put_body(self._object_key(name), body, if_absent=if_absent), time.time_ns())
+
+    def delete_objects(self, names: Iterable[str]) -> None:
+        self._delete_keys([self._object_key(name) for name in names])
+
+    def delete_folder(self, folder: str) -> None:
+        prefix = self._object_key(folder) + "/"
+        self._delete_keys(
+            [str(entry["Key"]) for entry in self._list_objects(prefix, start_after="") if str(entry["Key"]).startswith(prefix)]
+        )
+
+    def _object_key(self, name: str) -> str:
+        # With an empty path without the slash that LTX keys begin with: the two generations of Litestream differ there.
+        check_object_name(name)
+        return f"{self.settings.path}/{name}" if self.settings.path else name
 
     # -- control objects ---------------------------------------------------------------------------------------------------------
 
@@ -297,14 +336,16 @@ class S3Client:
         return _translated(self.settings, self._name(key), conditional=conditional)
 
     def _list_objects(self, prefix: str, *, start_after: str) -> Iterator[Mapping[str, Any]]:
-        arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._page_size}
-        if start_after:
-            arguments["StartAfter"] = start_after
+        for page in self._list_pages(prefix, **({"StartAfter": start_after} if start_after else {})):
+            yield from page.get("Contents", ())
+
+    def _list_pages(self, prefix: str, **more: str) -> Iterator[Mapping[str, Any]]:
+        arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._page_size, **more}
         seen: set[str] = set()
         while True:
             with self._translated(prefix):
                 page = self._s3.list_objects_v2(**arguments)
-            yield from page.get("Contents", ())
+            yield page
             if not page.get("IsTruncated"):
                 return
             token = str(page.get("NextContinuationToken", ""))
@@ -371,6 +412,17 @@ class S3Client:
                 raise StorageError(f"store answered with another range than asked: {self._name(key)}")
         return 0, length if size is None else min(length, size)
 
+    def _put_body(self, key: str, body: Body, *, if_absent: bool, **more: Any) -> int:
+        """Store an object in one request or in parts; return its size in bytes."""
+        arguments = {"ContentType": "application/octet-stream", **more, **self._write_arguments}
+        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
+        if size > self._single_put_bytes:
+            self._put_parts(key, body, size, arguments, if_absent=if_absent)
+        else:
+            with body.open("rb") if isinstance(body, Path) else BytesIO(body) as data, self._translated(key, conditional=if_absent):
+                self._s3.put_object(Bucket=self.settings.bucket, Key=key, Body=data, **_conditions(if_absent=if_absent), **arguments)
+        return size
+
     def _put_parts(self, key: str, body: Body, size: int, arguments: dict[str, Any], *, if_absent: bool) -> None:
         """Store a large body in parts, which become visible together at the end. Leaves no parts behind when it fails."""
         bucket = self.settings.bucket
@@ -403,6 +455,10 @@ class S3Client:
             with contextlib.suppress(ReplicatorError), self._translated(key):
                 self._s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
             raise
+
+    def _delete_keys(self, keys: Sequence[str]) -> None:
+        for first in range(0, len(keys), _DELETE_BATCH):
+            self._delete_batch(keys[first : first + _DELETE_BATCH])
 
     def _delete_batch(self, keys: Sequence[str]) -> None:
         with self._translated(keys[0]):

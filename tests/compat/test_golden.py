@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyrage
 import pytest
 
 import replicator
-from replicator.errors import ReplicatorError
+from replicator.errors import ReplicatorError, WrongKey
+from replicator.storage import open_client
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
 
@@ -22,28 +24,43 @@ def cases() -> list[Any]:
     for manifest in sorted(GOLDEN.glob("*/*/manifest.json")):
         document = json.loads(manifest.read_text())
         for state in document["states"]:
-            if manifest.parts[-3] == "mixed" and not (state["name"].startswith(("v05", "txid")) or state["name"] == "latest"):
-                continue  # restored from the 0.3 part of the replica
-            found.append(pytest.param(manifest.parent, document["files"], state, id=f"{manifest.parent.name}-{state['name']}"))
+            name = f"{manifest.parts[-3]}-{manifest.parent.name}-{state['name']}"
+            found.append(pytest.param(manifest.parent, document, state, id=name))
     return found
 
 
-@pytest.mark.parametrize(("folder", "files", "state"), cases())
-def test_golden_state(folder: Path, files: list[dict[str, Any]], state: dict[str, Any], tmp_path: Path) -> None:
-    replica = tmp_path / "replica"
-    shutil.copytree(folder / "replica", replica)
-    for file in files:
-        os.utime(replica / file["path"], ns=(file["mtime_ns"], file["mtime_ns"]))
+@pytest.mark.parametrize(("folder", "document", "state"), cases())
+def test_golden_state(folder: Path, document: dict[str, Any], state: dict[str, Any], tmp_path: Path) -> None:
+    replica = copied(folder, document, tmp_path / "replica")
+    identities = [document["age_identity"]] if "age_identity" in document else []
+    client = open_client(f"file://{replica}", age_identities=identities)
     output = tmp_path / "out.db"
     select = state["select"]
     if state["expect"] == "error":
         with pytest.raises(ReplicatorError):
-            replicator.restore(f"file://{replica}", output, **select)
+            replicator.restore(client, output, **select)
         assert list(tmp_path.iterdir()) == [replica]
         return
-    replicator.restore(f"file://{replica}", output, integrity_check="full", **select)
+    replicator.restore(client, output, integrity_check="full", **select)
     assert hashlib.sha256(output.read_bytes()).hexdigest() == state["restored_db_sha256"]
 
 
+def copied(folder: Path, document: dict[str, Any], replica: Path) -> Path:
+    shutil.copytree(folder / "replica", replica)
+    for file in document["files"]:
+        os.utime(replica / file["path"], ns=(file["mtime_ns"], file["mtime_ns"]))
+    return replica
+
+
 def test_there_are_golden_states() -> None:
-    assert len(cases()) > 50
+    assert len(cases()) > 150
+
+
+def test_a_wrong_age_key_is_not_damage(tmp_path: Path) -> None:
+    folder = GOLDEN / "v0.3/age-encrypted"
+    replica = copied(folder, json.loads((folder / "manifest.json").read_text()), tmp_path / "replica")
+    other = str(pyrage.x25519.Identity.generate())
+    for identities in ([other], []):
+        with pytest.raises(WrongKey, match=r"00000000\.snapshot\.lz4"):
+            replicator.restore(open_client(f"file://{replica}", age_identities=identities), tmp_path / "out.db")
+    assert list(tmp_path.iterdir()) == [replica]

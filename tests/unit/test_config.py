@@ -606,3 +606,54 @@ def test_large_and_strange_files_take_bounded_time(text: str, lenient: bool) -> 
     with contextlib.suppress(ConfigError):
         read(text, lenient=lenient, environ={"A": "x" * 10})
     assert time.process_time() - started < 30
+
+
+# -- the format ------------------------------------------------------------------------------------------------------------------
+
+
+def of_replicas(*keys: str, own: str = "") -> str:
+    items = ", ".join(f"{{path: r{number}, {key}}}" for number, key in enumerate(keys))
+    return f"dbs: [{{path: a.db, {own} replicas: [{items}]}}]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        of_replicas("", own="format: v0.3,"),
+        of_replicas("", "", own="format: v0.3,"),
+        of_replicas("format: v0.3"),
+        of_replicas("format: v0.3", "format: v0.3"),
+        of_replicas("format: v0.3", "", own="format: v0.3,"),
+    ],
+)
+def test_a_database_or_all_its_replicas_name_the_format(text: str) -> None:
+    config = read(text)
+    assert config.databases[0].format == "v0.3"
+    assert not config.warnings
+
+
+@pytest.mark.parametrize("text", [of_replicas("", ""), of_replicas("format: ltx", ""), of_replicas("", own="format: ltx,")])
+def test_the_format_is_ltx_unless_told_otherwise(text: str) -> None:
+    assert read(text).databases[0].format == "ltx"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        of_replicas("format: v0.3", ""),
+        of_replicas("", "format: v0.3"),
+        of_replicas("format: v0.3", "format: ltx"),
+        of_replicas("format: v0.3", own="format: ltx,"),
+        of_replicas("", "format: ltx", own="format: v0.3,"),
+    ],
+)
+def test_the_replicas_of_a_database_have_one_format(text: str) -> None:
+    error = refused(text, "format")
+    assert "one format" in error.hint
+
+
+def test_an_unknown_format_and_drills_in_that_of_0_3_are_refused() -> None:
+    refused(of_replicas("format: v0.4"), "must be ltx or v0.3")
+    refused(of_replicas("format: [v0.3]"), "must be text")
+    refused(of_replicas("", own="format: v0.3, verify-interval: 1h,"), "has no drills")
+    refused("format: v0.3\n" + of_replicas(""), "format")

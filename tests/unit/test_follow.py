@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from replicator import atomic, follow, inplace, restorer, restores
+from replicator import atomic, follow, inplace, publish, restorer, restores
 from replicator.errors import (
     CannotResume,
     CopyChanged,
@@ -516,7 +516,7 @@ def test_a_death_at_any_call_is_survived(tmp_path: Path, history: History, monke
         folder.mkdir()
         with monkeypatch.context() as patch:
             fake = Dying(death)
-            for module in (inplace, atomic, restorer, pathlib):
+            for module in (inplace, atomic, publish, restorer, pathlib):
                 patch.setattr(module, "os", fake)
             with contextlib.suppress(Death):
                 run_all(folder, history)

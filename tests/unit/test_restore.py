@@ -24,9 +24,10 @@ from replicator.errors import (
     TimestampNotAvailable,
 )
 from replicator.format.ltx import TXID, FileInfo, Header, encode_file, index_range
-from replicator.restorer import newest_first, restore_database
+from replicator.restorer import restore_database
 from replicator.storage.base import created_at
 from replicator.storage.memory import MemoryClient
+from replicator.v3restore import newest_first
 
 SIZE = 512
 
