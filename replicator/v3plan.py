@@ -101,12 +101,10 @@ def plan_v3(
     """
     if index is not None and timestamp_ns is not None:
         raise ValueError("index and timestamp exclude each other")
-    if not generations:
-        raise NoBackups(url)
     if generation is not None:
         generations = [item for item in generations if item.name == generation]
-        if not generations:
-            raise GenerationNotAvailable(url, generation)
+    if not generations:
+        raise NoBackups(url) if generation is None else GenerationNotAvailable(url, generation)
     spans = [(item.newest_ns, item.oldest_ns, item) for item in generations]
     fitting = [(newest, item) for newest, oldest, item in spans if timestamp_ns is None or oldest <= timestamp_ns <= newest]
     if not fitting:

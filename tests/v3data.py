@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from replicator.format.checksum import wal_checksum
 from replicator.format.v3 import encode_frame, segment_name, segments_folder, snapshot_name, snapshots_folder
@@ -79,7 +80,7 @@ def replica(database: bytes, wals: Sequence[bytes], cuts: Sequence[Sequence[int]
     objects = {f"{snapshots_folder(GENERATION)}/{snapshot_name(first)}": encode_frame(database)}
     for index, (data, at) in enumerate(zip(wals, cuts, strict=True), first):
         edges = sorted({0, *(cut for cut in at if 0 < cut < len(data)), len(data)})
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             objects[segment(index, low)] = encode_frame(data[low:high])
     return objects
 
