@@ -235,7 +235,10 @@ class NoBackups(RestoreError):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        super().__init__(f"no matching backup files available: {url}", hint="check the URL; `pyrepl ltx URL` lists what is stored")
+        super().__init__(
+            f"no matching backup files available: {url}",
+            hint="check the URL; `pyrepl ltx URL` lists what is stored, `pyrepl generations URL` the same of Litestream 0.3",
+        )
 
 
 class GenerationNotAvailable(NoBackups):

@@ -191,6 +191,7 @@ def timeline(generations: Sequence[Generation]) -> list[Step]:
     """
     tracks = [_Track(item) for item in generations if item.snapshots]
     steps: list[Step] = []
+    ends: dict[SnapshotInfo, tuple[tuple[SegmentInfo, ...], int]] = {}
     before: tuple[_Track, SnapshotInfo, int] | None = None
     for time_ns in sorted({info.created_ns for track in tracks for info in track.generation.files}):
         open_now = [track for track in tracks if track.oldest_ns <= time_ns <= track.newest_ns]
@@ -203,8 +204,11 @@ def timeline(generations: Sequence[Generation]) -> list[Step]:
             more = tuple(info for info in segments[before[2] : visible] if info.index >= snapshot.index)
             steps += [Step(time_ns, None, more)] if more else []
         else:
-            steps.append(Step(time_ns, snapshot, _joined(snapshot, segments[:visible])))
+            steps.append(Step(time_ns, snapshot, tuple(info for info in segments[:visible] if info.index >= snapshot.index)))
         before = track, snapshot, visible
+        ends[snapshot] = segments, visible
+    for snapshot, (segments, visible) in ends.items():
+        _joined(snapshot, segments[:visible])
     return steps
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def clean_environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("LITESTREAM_")}
 
 
@@ -42,6 +43,23 @@ def litestream03(program03: Path) -> Run:
     """Run a command of 0.3.13 with nothing of this machine's settings; does not raise."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program03, *arguments], capture_output=True, text=True, env=clean_environment(), timeout=60)
+        return subprocess.run([program03, *arguments], capture_output=True, text=True, env=_environment(), timeout=60)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def replicating03(program03: Path) -> Callable[[Path], contextlib.AbstractContextManager[None]]:
+    """A block during which 0.3.13 replicates what a configuration says. It is stopped in order at its end."""
+
+    @contextlib.contextmanager
+    def replicating(config: Path) -> Iterator[None]:
+        with (config.parent / "litestream03.log").open("a") as log:
+            process = subprocess.Popen([program03, "replicate", "-config", config], stdout=log, stderr=log, env=_environment())
+            try:
+                yield
+            finally:
+                process.terminate()
+                assert process.wait(30) == 0
+
+    return replicating

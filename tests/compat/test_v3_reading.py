@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import clean_environment
 
 import replicator
 from replicator.cli import main
@@ -23,20 +23,11 @@ from replicator.storage import open_client
 from replicator.storage.v3 import V3Client, v3_client
 from replicator.v3plan import Generation
 from replicator.v3restore import list_generations
+from tests.compat.litestream import litestream, restore
 from tests.servers import ACCESS, SECRET, Server
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@contextlib.contextmanager
-def replicating(program: Path, config: Path) -> Iterator[None]:
-    with (config.parent / "log").open("a") as log:
-        process = subprocess.Popen([program, "replicate", "-config", config], stdout=log, stderr=log, env=clean_environment())
-        try:
-            yield
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0
+Replicating = Callable[[Path], contextlib.AbstractContextManager[None]]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -46,7 +37,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def write_history(program: Path, config: Path, database: Path, v3: V3Client) -> None:
+def write_history(replicating: Replicating, config: Path, database: Path, v3: V3Client) -> None:
     """Two generations; in the first several indexes and snapshots, a shrinking database, and a large transaction."""
 
     def files() -> int:
@@ -62,7 +53,7 @@ def write_history(program: Path, config: Path, database: Path, v3: V3Client) -> 
     for part in range(2):
         connection = sqlite3.connect(database)
         connection.execute("PRAGMA journal_mode=WAL")
-        with replicating(program, config):
+        with replicating(config):
             change(f"CREATE TABLE t{part} (a INTEGER PRIMARY KEY, b BLOB)")
             for number in range(4):
                 change(f"INSERT INTO t{part} (b) SELECT randomblob(900) FROM (VALUES (1),(2),(3),(4),(5),(6)), (VALUES (1),(2),({number}))")
@@ -109,7 +100,9 @@ class Replica:
 
 
 @pytest.fixture(scope="module", params=["file", "seaweed"])
-def replica(request: pytest.FixtureRequest, program03: Path, litestream03: Run, tmp_path_factory: pytest.TempPathFactory) -> Replica:
+def replica(
+    request: pytest.FixtureRequest, replicating03: Replicating, litestream03: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Replica:
     folder = tmp_path_factory.mktemp("v3")
     keys = {"access-key-id": ACCESS, "secret-access-key": SECRET}
     if request.param == "file":
@@ -127,7 +120,7 @@ def replica(request: pytest.FixtureRequest, program03: Path, litestream03: Run, 
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         made = Replica(litestream03, url, config, database)
-        write_history(program03, config, database, made.v3)
+        write_history(replicating03, config, database, made.v3)
     return made
 
 
@@ -170,7 +163,7 @@ def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.Ca
 
 
 def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: Path) -> None:
-    target = open_client(f"file://{tmp_path}/ltx")
+    target = open_client(replica.url.replace("v3/reading", "v3/ltx") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
     convert(replica.client, target)
     times = sorted({info.created_ns for item in replica.generations for info in item.files})
     checked = 0
@@ -185,8 +178,6 @@ def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: P
 
 
 def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path: Path) -> None:
-    from litestream import restore
-
     url = f"file://{tmp_path}/ltx"
     convert(replica.client, open_client(url))
     restore(url, tmp_path / "latest.db")
@@ -201,19 +192,30 @@ def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path
             os.unlink(out)
 
 
+def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "data/golden/mixed/upgrade-same-path"
+    root, files = tmp_path / "replica", json.loads((folder / "manifest.json").read_text())["files"]
+    shutil.copytree(folder / "replica", root)
+    for file in files:
+        os.utime(root / file["path"], ns=(file["mtime_ns"],) * 2)
+    edges = sorted({file["mtime_ns"] // 10**6 for file in files})
+    for number, time_ms in enumerate(edge + more for edge in edges for more in (0, 1)):
+        theirs, ours = tmp_path / f"{number}.theirs", tmp_path / f"{number}.ours"
+        done = litestream("restore", "-timestamp", time_text(time_ms * 10**6), "-o", str(theirs), f"file://{root}")
+        with contextlib.suppress(ReplicatorError):
+            replicator.restore(f"file://{root}", ours, timestamp=time_text(time_ms * 10**6))
+        assert done.returncode in (0, 1)
+        assert ours.exists() == theirs.exists() == (done.returncode == 0)
+        assert not ours.exists() or ours.read_bytes() == theirs.read_bytes()
+
+
 def test_a_hole_that_it_restores_to_damage_is_refused(replica: Replica, tmp_path: Path) -> None:
     """0.3.13 ends with exit code 0 and a database of mixed ages; see the specification's traps."""
-    if not replica.url.startswith("file:"):
-        pytest.skip("the rule does not depend on the store")
     generation = max(replica.generations, key=lambda item: len(item.segments))
     middle = next(info for info in generation.segments if info.offset)
-    path = Path(replica.url.removeprefix("file://"), middle.name)
-    aside = path.with_name("aside")
-    path.rename(aside)
-    try:
-        flags = ("-generation", generation.name, "-index", "00000000")
-        assert replica.theirs(*flags) != replica.ours(generation=generation.name, index="00000000")
-        with pytest.raises(ReplicatorError, match=middle.name):
-            replicator.restore(replica.client, tmp_path / "out.db", generation=generation.name, index=middle.index)
-    finally:
-        aside.rename(path)
+    whole = replica.ours(generation=generation.name)
+    replica.v3.delete([middle])  # for good: this is the last test
+    assert replica.theirs("-generation", generation.name, "-index", f"{middle.index:08x}") not in (None, whole)
+    with pytest.raises(ReplicatorError, match=middle.name):
+        replicator.restore(replica.client, tmp_path / "out.db", generation=generation.name, index=middle.index)
+    assert list(tmp_path.iterdir()) == []

@@ -70,18 +70,20 @@ def test_the_integrity_check_comes_before_the_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTS if "/wal/" in name])
-def test_a_missing_segment_is_named_and_nothing_is_left(name: str, tmp_path: Path) -> None:
-    objects = {key: value for key, value in OBJECTS.items() if key != name}
-    if name == segment(1, 32 + FRAME):  # the last one: an earlier moment
-        replicator.restore(store(objects), tmp_path / "out.db")
-        assert (tmp_path / "out.db").read_bytes() == apply(apply(DATABASE, FIRST), SECOND[:1])
-        return
-    if name == segment(0, 32 + 2 * FRAME):
-        pytest.skip("see test_what_cannot_be_seen")
+@pytest.mark.parametrize("place", [(0, 0), (0, 32 + 2 * FRAME), (1, 0)])
+def test_a_missing_segment_is_named_and_nothing_is_left(place: tuple[int, int], tmp_path: Path) -> None:
+    name = segment(*place)
+    objects = replica(DATABASE, WALS, [[32 + 2 * FRAME, 32 + 3 * FRAME], [32 + FRAME]])
+    del objects[name]
     with pytest.raises(MissingSegment, match=name):
         replicator.restore(store(objects), tmp_path / "out.db")
     assert os.listdir(tmp_path) == []
+
+
+def test_without_the_last_segment_it_is_an_earlier_moment(tmp_path: Path) -> None:
+    objects = {key: value for key, value in OBJECTS.items() if key != segment(1, 32 + FRAME)}
+    replicator.restore(store(objects), tmp_path / "out.db")
+    assert (tmp_path / "out.db").read_bytes() == apply(apply(DATABASE, FIRST), SECOND[:1])
 
 
 def test_what_cannot_be_seen(tmp_path: Path) -> None:
