@@ -19,9 +19,9 @@
         StorageUnavailable   try again later; the outcome of a write is unknown
       RestoreError           there is no way to the asked state
         NoBackups            (url) nothing is stored there
+        GenerationNotAvailable (url, generation) nothing of that generation, of the 0.3 format
         TXIDNotAvailable     (txid, available)
         TimestampNotAvailable (timestamp, oldest, newest, gap)
-      GenerationNotAvailable (url, generation) of the 0.3 format
       SnapshotNotAvailable (generation, reason) of the 0.3 format
       MissingSegment       (name, reason) WAL of the 0.3 format is not stored
         NonContiguous        (have, next) a gap in the chain
@@ -235,7 +235,20 @@ class NoBackups(RestoreError):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        super().__init__(f"no matching backup files available: {url}", hint="check the URL; `pyrepl ltx URL` lists what is stored")
+        super().__init__(
+            f"no matching backup files available: {url}",
+            hint="check the URL; `pyrepl ltx URL` lists what is stored, `pyrepl generations URL` the same of Litestream 0.3",
+        )
+
+
+class GenerationNotAvailable(NoBackups):
+    """Nothing is stored of the generation that was asked for."""
+
+    def __init__(self, url: str, generation: str) -> None:
+        super().__init__(url)
+        self.generation = generation
+        self.args = (f"no such generation: {generation} ({url})",)
+        self.hint = "`pyrepl generations URL` lists them"
 
 
 class TXIDNotAvailable(RestoreError):
@@ -268,14 +281,6 @@ class TimestampNotAvailable(RestoreError):
         else:
             held, hint = "no chain of stored files begins", "`pyrepl history URL` shows what can be restored"
         super().__init__(f"timestamp does not exist: {timestamp.isoformat()}; {held}", hint=hint)
-
-
-class GenerationNotAvailable(RestoreError):
-    """There is no generation of that name."""
-
-    def __init__(self, url: str, generation: str) -> None:
-        self.url, self.generation = url, generation
-        super().__init__(f"no such generation: {generation} ({url})", hint="`pyrepl generations URL` lists them")
 
 
 class SnapshotNotAvailable(RestoreError):

@@ -1,7 +1,7 @@
 """Put a 0.3 snapshot and WAL segments into a file, page by page, as SQLite's checkpoint would, and verify everything on the way.
 
-What is checked: the checksums of each LZ4 frame; that a segment begins where the one before it ended; the WAL's header; the salts and the chain
-of checksums of all frames of an index, across its segments; that an index which is followed by another one ends with a commit. SQLite itself
+What is checked: the checksums of each LZ4 frame; that a segment begins where the one before it ended; the WAL's header; that no two indexes are the
+same WAL; the salts and the chain of checksums of all frames of an index, across its segments; that an index which is followed by another one ends with a commit. SQLite itself
 stops at the first frame that is wrong and says nothing, so a hole restores to a database of mixed ages: here it is an error with the name.
 
 What cannot be seen: that the last segments of an index are gone when what remains ends with a commit, and a later index follows. Nothing in
@@ -73,6 +73,8 @@ class Replay:
         self._waiting: IO[bytes] = tempfile.SpooledTemporaryFile(WAITING_BYTES, dir=os.fspath(folder))  # noqa: SIM115  closed by close
         self._wal: _WAL | None = None
         self._rest = b""
+        self._next_index = 0
+        self._salts: set[tuple[int, int]] = set()
         self.page_size = 0
         self.commit = 0
         """Size of the database in pages, as of the last commit."""
@@ -90,6 +92,7 @@ class Replay:
             CorruptReplica: it is no LZ4 frame, or holds no database.
         """
         name = self._name(info)
+        self._next_index = info.index
         at, start = 0, b""
         for data in decompressed(name, pieces):
             start += data[: DATABASE_HEADER_SIZE - len(start)] if len(start) < DATABASE_HEADER_SIZE else b""
@@ -114,8 +117,9 @@ class Replay:
         name = self._name(info)
         if self._wal is None or info.index != self._wal.index:
             self._end_index()
-            if info.offset:
-                raise MissingSegment(self._segment_name(info.generation, info.index, 0), "the beginning of the WAL file")
+            if info.offset or info.index != self._next_index:
+                raise MissingSegment(self._segment_name(info.generation, self._next_index, 0), "the beginning of a WAL file")
+            self._next_index = info.index + 1
             self._wal = _WAL(info.generation, info.index)
         wal = self._wal
         if info.offset > wal.offset:
@@ -169,6 +173,10 @@ class Replay:
             assert wal.header is not None
             if self.page_size not in (0, wal.header.page_size):
                 raise FormatError(f"page size {wal.header.page_size}, the database has {self.page_size}")
+            salts = wal.header.salt1, wal.header.salt2
+            if salts in self._salts:  # SQLite changes them at each restart
+                raise FormatError("the WAL of an earlier index again")
+            self._salts.add(salts)
             self.page_size = wal.header.page_size
             self._rest = self._rest[WAL_HEADER_SIZE:]
         size = FRAME_HEADER_SIZE + self.page_size

@@ -22,14 +22,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Literal
 
 from replicator.errors import GenerationNotAvailable, MissingSegment, NoBackups, SnapshotNotAvailable, TimestampNotAvailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, FileInfo
 from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info, time_of, time_text
 
-__all__ = ["Generation", "V3Plan", "choose_format", "plan_beside_ltx", "plan_generation", "plan_v3"]
+__all__ = ["Generation", "Step", "V3Plan", "choose_format", "plan_beside_ltx", "plan_generation", "plan_v3", "timeline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,10 @@ def plan_v3(
     """
     if index is not None and timestamp_ns is not None:
         raise ValueError("index and timestamp exclude each other")
-    if not generations:
-        raise NoBackups(url)
     if generation is not None:
         generations = [item for item in generations if item.name == generation]
-        if not generations:
-            raise GenerationNotAvailable(url, generation)
+    if not generations:
+        raise NoBackups(url) if generation is None else GenerationNotAvailable(url, generation)
     spans = [(item.newest_ns, item.oldest_ns, item) for item in generations]
     fitting = [(newest, item) for newest, oldest, item in spans if timestamp_ns is None or oldest <= timestamp_ns <= newest]
     if not fitting:
@@ -167,6 +165,67 @@ def choose_format(
     snapshot = _newest_snapshot(generations, timestamp_ns)
     before = [info.created_at for info in files.get(SNAPSHOT_LEVEL, ()) if info.created_at < time_of(timestamp_ns + 999)]
     return "0.3" if snapshot is not None and (not before or snapshot.created_at > before[-1]) else "ltx"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How what is restored changes at a time: it begins anew with a snapshot, or goes on with segments."""
+
+    time_ns: int
+    snapshot: SnapshotInfo | None
+    segments: tuple[SegmentInfo, ...]
+
+    @property
+    def files(self) -> tuple[V3Info, ...]:
+        return self.segments if self.snapshot is None else (self.snapshot, *self.segments)
+
+
+def timeline(generations: Sequence[Generation]) -> list[Step]:
+    """Return the steps through all states that `plan_v3` restores by time, oldest first.
+
+    Carried out up to the last one whose time is not after T, they give what the plan for T gives, for every T that it restores. At the times
+    between generations, which it refuses, the end of the earlier one stays.
+
+    Raises:
+        MissingSegment: part of a WAL file is not there.
+    """
+    tracks = [_Track(item) for item in generations if item.snapshots]
+    steps: list[Step] = []
+    ends: dict[SnapshotInfo, tuple[tuple[SegmentInfo, ...], int]] = {}
+    before: tuple[_Track, SnapshotInfo, int] | None = None
+    for time_ns in sorted({info.created_ns for track in tracks for info in track.generation.files}):
+        open_now = [track for track in tracks if track.oldest_ns <= time_ns <= track.newest_ns]
+        track = max(open_now, key=lambda item: item.newest_ns)
+        snapshot, visible = track.at(time_ns)
+        if snapshot is None or (track, snapshot, visible) == before:
+            continue
+        segments = track.generation.segments
+        if before is not None and before[:2] == (track, snapshot):
+            more = tuple(info for info in segments[before[2] : visible] if info.index >= snapshot.index)
+            steps += [Step(time_ns, None, more)] if more else []
+        else:
+            steps.append(Step(time_ns, snapshot, tuple(info for info in segments[:visible] if info.index >= snapshot.index)))
+        before = track, snapshot, visible
+        ends[snapshot] = segments, visible
+    for snapshot, (segments, visible) in ends.items():
+        _joined(snapshot, segments[:visible])
+    return steps
+
+
+class _Track:
+    """A generation as time goes on. A segment counts once all before it are there: plans stop at the first that is too new."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.oldest_ns, self.newest_ns = generation.oldest_ns, generation.newest_ns
+        self._visible_ns = [*accumulate((info.created_ns for info in generation.segments), max)]
+        self._snapshots = sorted(generation.snapshots, key=lambda info: (info.created_ns, info.index))
+        self._snapshots_ns = [info.created_ns for info in self._snapshots]
+
+    def at(self, time_ns: int) -> tuple[SnapshotInfo | None, int]:
+        """Return the snapshot that a plan begins with, and how many segments it sees."""
+        at = bisect_right(self._snapshots_ns, time_ns)
+        return self._snapshots[at - 1] if at else None, bisect_right(self._visible_ns, time_ns)
 
 
 def _newest_snapshot(generations: Sequence[Generation], timestamp_ns: int | None) -> SnapshotInfo | None:

@@ -6,8 +6,9 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from replicator.chain import READ_BYTES, RETRY_DELAYS_S, SMALL_FILE_BYTES, Progress, list_files
@@ -183,8 +184,9 @@ def write_v3(
         ObjectNotFound: a file is gone: list and plan again.
         StorageError: see there.
     """
-    with Replay(file, client.url, folder=folder) as replay:
-        for info, pieces in stored_pieces(client, plan.files, parallelism=parallelism, progress=progress):
+    reading = stored_pieces(client, plan.files, parallelism=parallelism, progress=progress)
+    with Replay(file, client.url, folder=folder) as replay, closing(reading):
+        for info, pieces in reading:
             if isinstance(info, SnapshotInfo):
                 replay.snapshot(info, pieces)
             else:
@@ -195,7 +197,7 @@ def write_v3(
 
 def stored_pieces(
     client: V3Client, infos: Sequence[V3Info], *, parallelism: int = 8, progress: Callable[[Progress], None] | None = None
-) -> Iterator[tuple[V3Info, Iterable[bytes]]]:
+) -> Generator[tuple[V3Info, Iterable[bytes]], None, None]:
     """Yield each file with its stored bytes, in order. Small ones are read ahead, `parallelism` at once."""
     teller = _Teller(infos, progress)
     waiting: deque[tuple[V3Info, Future[bytes] | None]] = deque()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import databases, history, ltx, replicate, restore, verify
+from replicator.cli import convert, databases, generations, history, ltx, replicate, restore, verify
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     lines = ["pyrepl replicates SQLite databases, in Litestream's format.", "", "usage: pyrepl COMMAND [flags] [arguments]", ""]
-    lines += [f"  {name:<10} {command.about.splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12} {command.about.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "pyrepl COMMAND -h describes a command."])
 
 
@@ -83,6 +83,10 @@ COMMANDS = {
     "ltx": ltx.COMMAND,
     "history": history.COMMAND,
     "verify": verify.COMMAND,
+    "generations": generations.GENERATIONS,
+    "snapshots": generations.SNAPSHOTS,
+    "wal": generations.WAL,
+    "convert": convert.COMMAND,
     "databases": databases.COMMAND,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(

@@ -34,9 +34,10 @@ log = logging.getLogger("replicator.cli")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a command reads: replicas, the preferred one first, and the database when it was named by its path."""
+    """Where a command reads: replicas, the preferred one first, their names, and the database when it was named by its path."""
 
     clients: tuple[ReplicaClient, ...]
+    names: tuple[str, ...]
     database: Path | None
 
 
@@ -82,11 +83,15 @@ def find_source(flags: dict[str, str], argument: str) -> Source:
     if is_url(argument) and scheme(argument) not in ("sqlite", "sqlite3"):
         if "config" in flags:
             raise ConfigError("cannot specify a replica URL and the -config flag")
-        return Source((open_client(argument),), None)
+        return _one(open_client(argument))
     if "config" not in flags and os.path.isdir(argument):  # no database, hence a replica
-        return Source((open_client(argument),), None)
+        return _one(open_client(argument))
     settings = configured_database(flags, argument)
-    return Source(tuple(open_replica(item) for item in settings.replicas), settings.path)
+    return Source(tuple(open_replica(item) for item in settings.replicas), tuple(item.name for item in settings.replicas), settings.path)
+
+
+def _one(client: ReplicaClient) -> Source:
+    return Source((client,), (client.kind,), None)
 
 
 def configured_database(flags: dict[str, str], argument: str) -> DatabaseSettings:

@@ -29,7 +29,8 @@ def fail(text: str, hint: str) -> int:
 class Bar:
     """A progress bar on a terminal, for what takes longer than a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "restoring") -> None:
+        self._what = what
         self._started = time.monotonic()
         self._bar: object | None = None
         self._wanted = sys.stderr.isatty()
@@ -53,9 +54,9 @@ class Bar:
             from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as RichBar
 
-            columns = TextColumn("restoring"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            columns = TextColumn(self._what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
             bar = RichBar(*columns, console=Console(stderr=True), transient=True)
-            bar.add_task("restoring", total=progress.bytes_total)
+            bar.add_task(self._what, total=progress.bytes_total)
             bar.start()
             self._bar = bar
         self._bar.update(0, completed=progress.bytes_done)  # type: ignore[attr-defined]

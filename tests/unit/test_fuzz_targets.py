@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from fuzz import fuzz_config, fuzz_ltx, fuzz_wal
+from fuzz import fuzz_config, fuzz_ltx, fuzz_v3, fuzz_wal
 from replicator.errors import ConfigError
 from replicator.format.checksum import wal_checksum
 from replicator.format.ltx import TXID, Header, encode_file
+from replicator.format.v3 import encode_frame
 
 LTX = encode_file(Header(512, 3, TXID(1), TXID(4), 7), [(pgno, bytes([pgno]) * 512) for pgno in (1, 2, 3)])
 
@@ -37,7 +38,7 @@ dbs:
       - {<<: *common, type: s3, bucket: bkt, access-key-id: $ACCESS, secret-access-key: '${SECRET}'}
       - {path: r, age: {recipients: [age1x]}}
 """
-TARGETS = [(fuzz_ltx, LTX), (fuzz_wal, WAL), (fuzz_config, CONFIG)]
+TARGETS = [(fuzz_ltx, LTX), (fuzz_wal, WAL), (fuzz_config, CONFIG), (fuzz_v3, b"\x80" + WAL), (fuzz_v3, encode_frame(WAL * 9))]
 
 
 @pytest.mark.parametrize(("target", "valid"), TARGETS)
@@ -68,6 +69,27 @@ def test_the_wal_target_notices_a_scan_that_stops_early(monkeypatch: pytest.Monk
     monkeypatch.setattr(fuzz_wal, "scan_frames", lambda data, **rest: scan(data[:-536], **rest))
     with pytest.raises(AssertionError):
         fuzz_wal.check(WAL)
+
+
+def test_the_v3_target_notices_a_replay_that_forgets_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(fuzz_v3.Replay):
+        def segment(self, info: Any, pieces: Any) -> None:
+            super().segment(info, pieces)
+            self._rest = b""
+
+    monkeypatch.setattr(fuzz_v3, "Replay", Forgetful)
+    with pytest.raises(AssertionError):
+        fuzz_v3.check(b"\x80" + WAL)
+
+
+def test_the_v3_target_notices_a_decoder_that_depends_on_the_cutting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(fuzz_v3.FrameDecoder):
+        def feed(self, data: Any) -> Any:
+            return super().feed(data) if len(data) > 100 else []
+
+    monkeypatch.setattr(fuzz_v3, "FrameDecoder", Forgetful)
+    with pytest.raises(AssertionError):
+        fuzz_v3.check_frame(encode_frame(WAL))
 
 
 def test_the_config_target_notices_a_secret_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

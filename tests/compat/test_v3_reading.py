@@ -1,0 +1,221 @@
+"""What Litestream 0.3.13 writes, we restore, list and convert as it does; what we convert, 0.5.17 restores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import replicator
+from replicator.cli import main
+from replicator.convert import convert
+from replicator.errors import ReplicatorError
+from replicator.format.v3 import time_text
+from replicator.storage import open_client
+from replicator.storage.v3 import V3Client, v3_client
+from replicator.v3plan import Generation
+from replicator.v3restore import list_generations
+from tests.compat.litestream import litestream, restore
+from tests.servers import ACCESS, SECRET, Server
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Replicating = Callable[[Path], contextlib.AbstractContextManager[None]]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def write_history(replicating: Replicating, config: Path, database: Path, v3: V3Client) -> None:
+    """Two generations; in the first several indexes and snapshots, a shrinking database, and a large transaction."""
+
+    def files() -> int:
+        return sum(len(item.files) for item in list_generations(v3))
+
+    def change(*statements: str) -> None:
+        before = files()
+        with connection:
+            for statement in statements:
+                connection.execute(statement)
+        until(lambda: files() > before)
+
+    for part in range(2):
+        connection = sqlite3.connect(database)
+        connection.execute("PRAGMA journal_mode=WAL")
+        with replicating(config):
+            change(f"CREATE TABLE t{part} (a INTEGER PRIMARY KEY, b BLOB)")
+            for number in range(4):
+                change(f"INSERT INTO t{part} (b) SELECT randomblob(900) FROM (VALUES (1),(2),(3),(4),(5),(6)), (VALUES (1),(2),({number}))")
+            until(lambda: max(info.index for item in list_generations(v3) for info in item.snapshots) > 0)
+            change(f"DELETE FROM t{part} WHERE a > 4")
+            connection.execute("VACUUM")
+            change(f"UPDATE t{part} SET b = randomblob(3000)")
+        connection.close()  # the last one: the WAL goes, and with it the generation
+        if part == 0:
+            with contextlib.closing(sqlite3.connect(database)) as other, other:
+                other.execute("CREATE TABLE unseen (a)")
+
+
+class Replica:
+    """A replica that 0.3.13 wrote, with the ways to ask both."""
+
+    def __init__(self, run: Run, url: str, config: Path, database: Path) -> None:
+        self.run, self.url, self.config, self.database = run, url, config, database
+        self.client = open_client(url)
+        v3 = v3_client(self.client)
+        assert v3 is not None
+        self.v3 = v3
+
+    @property
+    def generations(self) -> list[Generation]:
+        return list_generations(self.v3)
+
+    def theirs(self, *flags: str) -> bytes | None:
+        """What 0.3.13 restores; None when it refuses."""
+        out = self.config.parent / "theirs.db"
+        for path in self.config.parent.glob("theirs.db*"):
+            path.unlink()
+        done = self.run("restore", "-config", str(self.config), "-o", str(out), *flags, str(self.database))
+        assert done.returncode in (0, 1)
+        return None if done.returncode else out.read_bytes()
+
+    def ours(self, **select: str) -> bytes | None:
+        out = self.config.parent / "ours.db"
+        try:
+            replicator.restore(self.client, out, force=True, integrity_check="quick", **select)
+        except ReplicatorError:
+            return None
+        return out.read_bytes()
+
+
+@pytest.fixture(scope="module", params=["file", "seaweed"])
+def replica(
+    request: pytest.FixtureRequest, replicating03: Replicating, litestream03: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Replica:
+    folder = tmp_path_factory.mktemp("v3")
+    keys = {"access-key-id": ACCESS, "secret-access-key": SECRET}
+    if request.param == "file":
+        url = f"file://{folder}/replica"
+        entry: dict[str, object] = {"path": f"{folder}/replica"}
+    else:
+        server: Server = request.getfixturevalue("seaweed")
+        url = server.url("v3/reading")
+        entry = {"type": "s3", **keys, "bucket": "bucket", "path": "v3/reading", "endpoint": server.endpoint, "region": "us-east-1"}
+    database, config = folder / "source.db", folder / "litestream.yml"
+    settings = {"sync-interval": "50ms", "snapshot-interval": "400ms"}
+    options = {"monitor-interval": "50ms", "min-checkpoint-page-count": 30}
+    config.write_text(json.dumps({"dbs": [{"path": str(database), **options, "replicas": [{**entry, **settings}]}]}))
+    with pytest.MonkeyPatch.context() as patch:  # the fixture for it lives as long as one test
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        made = Replica(litestream03, url, config, database)
+        write_history(replicating03, config, database, made.v3)
+    return made
+
+
+def test_the_history_has_what_the_tests_are_about(replica: Replica) -> None:
+    first, second = sorted(replica.generations, key=lambda item: item.newest_ns)
+    assert len(first.snapshots) > 1 or len(second.snapshots) > 1
+    assert max(info.index for info in first.segments) > 0
+    assert any(info.offset for info in second.segments)
+
+
+def test_every_generation_and_index_restores_as_it_does(replica: Replica) -> None:
+    assert replica.ours() == replica.theirs() is not None
+    for generation in replica.generations:
+        assert replica.ours(generation=generation.name) == replica.theirs("-generation", generation.name)
+        for index in range(max(info.index for info in generation.files) + 2):
+            flags = {"generation": generation.name, "index": f"{index:08x}"}
+            ours, theirs = replica.ours(**flags), replica.theirs(*(part for key, value in flags.items() for part in (f"-{key}", value)))
+            assert ours == theirs is not None, flags
+
+
+def test_every_time_restores_as_it_does(replica: Replica) -> None:
+    times = sorted({info.created_ns for item in replica.generations for info in item.files})
+    asked = sorted({edge + more for edge in times for more in (-1, 0)} | {times[-1] + 1})
+    outcomes = []
+    for time_ns in asked:
+        ours, theirs = replica.ours(timestamp=time_text(time_ns)), replica.theirs("-timestamp", time_text(time_ns))
+        assert ours == theirs, time_text(time_ns)
+        outcomes.append(ours)
+    assert outcomes[0] is None is outcomes[-1]
+    assert len(set(outcomes)) > (4 if replica.url.startswith("file:") else 1)  # S3 counts whole seconds
+
+
+@pytest.mark.parametrize("command", ["generations", "snapshots", "wal"])
+def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = replica.run(command, "-config", str(replica.config), str(replica.database))
+    assert main([command, "-config", str(replica.config), str(replica.database)]) == 0
+    ours = capsys.readouterr().out
+    assert len(ours.splitlines()) > 1
+    assert [line.rstrip() for line in ours.splitlines()] == [line.rstrip() for line in theirs.stdout.splitlines()]
+
+
+def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: Path) -> None:
+    target = open_client(replica.url.replace("v3/reading", "v3/ltx") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
+    convert(replica.client, target)
+    times = sorted({info.created_ns for item in replica.generations for info in item.files})
+    checked = 0
+    for time_ns in sorted({edge // 10**6 * 10**6 + more for edge in times for more in (0, 10**6)} | {*times}):
+        expected = replica.ours(timestamp=time_text(time_ns))
+        if expected is None:
+            continue
+        replicator.restore(target, tmp_path / "out.db", timestamp=time_text(time_ns), force=True)
+        assert (tmp_path / "out.db").read_bytes() == expected, time_text(time_ns)
+        checked += 1
+    assert checked >= len(times) - 2  # between generations there is none
+
+
+def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/ltx"
+    convert(replica.client, open_client(url))
+    restore(url, tmp_path / "latest.db")
+    assert (tmp_path / "latest.db").read_bytes() == replica.ours()
+    times = sorted({info.created_ns for item in replica.generations for info in item.files})
+    for number, time_ns in enumerate(times[::3]):
+        expected = replica.ours(timestamp=time_text(time_ns))
+        if expected is not None:
+            out = tmp_path / f"{number}.db"
+            restore(url, out, "-timestamp", time_text(time_ns))
+            assert out.read_bytes() == expected
+            os.unlink(out)
+
+
+def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "data/golden/mixed/upgrade-same-path"
+    root, files = tmp_path / "replica", json.loads((folder / "manifest.json").read_text())["files"]
+    shutil.copytree(folder / "replica", root)
+    for file in files:
+        os.utime(root / file["path"], ns=(file["mtime_ns"],) * 2)
+    edges = sorted({file["mtime_ns"] // 10**6 for file in files})
+    for number, time_ms in enumerate(edge + more for edge in edges for more in (0, 1)):
+        theirs, ours = tmp_path / f"{number}.theirs", tmp_path / f"{number}.ours"
+        done = litestream("restore", "-timestamp", time_text(time_ms * 10**6), "-o", str(theirs), f"file://{root}")
+        with contextlib.suppress(ReplicatorError):
+            replicator.restore(f"file://{root}", ours, timestamp=time_text(time_ms * 10**6))
+        assert done.returncode in (0, 1)
+        assert ours.exists() == theirs.exists() == (done.returncode == 0)
+        assert not ours.exists() or ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_hole_that_it_restores_to_damage_is_refused(replica: Replica, tmp_path: Path) -> None:
+    """0.3.13 ends with exit code 0 and a database of mixed ages; see the specification's traps."""
+    generation = max(replica.generations, key=lambda item: len(item.segments))
+    middle = next(info for info in generation.segments if info.offset)
+    whole = replica.ours(generation=generation.name)
+    replica.v3.delete([middle])  # for good: this is the last test
+    assert replica.theirs("-generation", generation.name, "-index", f"{middle.index:08x}") not in (None, whole)
+    with pytest.raises(ReplicatorError, match=middle.name):
+        replicator.restore(replica.client, tmp_path / "out.db", generation=generation.name, index=middle.index)
+    assert list(tmp_path.iterdir()) == []
