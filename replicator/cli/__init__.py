@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import databases, history, ltx, replicate, restore, verify
+from replicator.cli import control, databases, history, local, ltx, replicate, restore, verify
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -84,6 +84,8 @@ COMMANDS = {
     "history": history.COMMAND,
     "verify": verify.COMMAND,
     "databases": databases.COMMAND,
+    **local.COMMANDS,
+    **control.COMMANDS,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(
         "pyrepl demo [-duration D] [-keep] [URL]",
