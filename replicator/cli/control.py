@@ -19,7 +19,7 @@ from replicator.cli.output import fail, redacted, time_text
 from replicator.cli.parse import Command, UsageError
 from replicator.errors import ReplicatorError
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "ask_daemon"]
 
 SOCKET = "/var/run/litestream.sock"
 LATE_S = 5.0
@@ -27,20 +27,22 @@ MAX_ANSWER = 64 << 20
 
 
 def _ask(flags: dict[str, str], path: str, body: Mapping[str, object] | None = None, *, default_s: int = 30) -> tuple[Any, str]:
-    """Return the answer, and what the daemon is called.
+    return ask_daemon(Path(flags.get("socket", SOCKET)), path, body, timeout_s=_timeout(flags, default_s) + LATE_S)
+
+
+def ask_daemon(where: Path, path: str, body: Mapping[str, object] | None = None, *, timeout_s: float) -> tuple[Any, str]:
+    """Send a request, with a body a POST, and return the answer, and what the daemon is called.
 
     Raises:
         ReplicatorError: nobody answers, or the daemon refuses.
     """
     import http.client
 
-    timeout_s = _timeout(flags, default_s)
-    where = flags.get("socket", SOCKET)
     connection = http.client.HTTPConnection("localhost")
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.sock.settimeout(timeout_s + LATE_S)
+    connection.sock.settimeout(timeout_s)
     try:
-        connection.sock.connect(where)
+        connection.sock.connect(os.fspath(where))
         if body is None:
             connection.request("GET", path)
         else:
