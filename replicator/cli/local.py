@@ -43,7 +43,8 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     for item in config.databases:
         if wanted in (None, item.path):
             state, txid = _state(item.path, _meta_path(config, item.path))
-            rows.append([os.fspath(item.path), state, txid, _size_text(_size(item.path.with_name(item.path.name + "-wal")))])
+            wal = item.path.with_name(item.path.name + "-wal")
+            rows.append([os.fspath(item.path), state, txid, "-" if state == "no database" else _size_text(_size(wal))])
     if flags.get("json") == "true":
         keys = ("database", "status", "local_txid", "wal_size")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
