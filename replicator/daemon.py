@@ -304,7 +304,9 @@ class Daemon:
 
     def _close(self) -> dict[Path, Exception]:
         end = time.monotonic() + self._shutdown_timeout_s
-        errors = self._store.close(self._shutdown_timeout_s, retry_interval_s=self._settings.shutdown_interval_s)
+        if self._child is not None:  # it may have made a database a moment ago, on a disk that ends with us
+            self._store.try_waiting(self._shutdown_timeout_s)
+        errors = self._store.close(max(1.0, end - time.monotonic()), retry_interval_s=self._settings.shutdown_interval_s)
         if self._reloading is not None:
             self._reloading.join(max(1.0, end - time.monotonic()))
         return errors

@@ -336,6 +336,14 @@ class Store:
                 self._changed.notify_all()
         self._on_change()
 
+    def try_waiting(self, timeout_s: float) -> None:
+        """Try those that wait for their next try now, within the time."""
+
+        def start(member: Member) -> None:
+            member.start()
+
+        at_once(start, [member for member in self.members() if member.state == "waiting"], timeout_s=timeout_s)
+
     def add(self, member: Member) -> bool:
         """Take a member that is started by its owner, or by us when that fails for now; False when its database is there already."""
         with self._changed:

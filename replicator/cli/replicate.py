@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ def _run(flags: dict[str, str], config: Config | None, arguments: list[str]) -> 
     if config is not None:
         members = [daemon.member_for(item, options, operations, wakeups.wake) for item in config.databases]
     else:
-        members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations)]
+        members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups.wake)]
     if options.once:
         wakeups.take_signals(daemon.STOPS, daemon.leave, at_once=True)
         daemon.run_once(members, options, timeout_s=settings.shutdown_timeout_s if timeout_s is None else timeout_s)
@@ -103,7 +103,9 @@ def _start_log(flags: dict[str, str], config: Config) -> None:
     log_to(sys.stderr if config.logging.stderr else sys.stdout, level, kind=config.logging.kind)
 
 
-def _from_arguments(flags: dict[str, str], path: str, urls: Sequence[str], options: Options, operations: Operations) -> Member:
+def _from_arguments(
+    flags: dict[str, str], path: str, urls: Sequence[str], options: Options, operations: Operations, on_failure: Callable[[], None]
+) -> Member:
     from replicator.api import Replicator
     from replicator.levels import History
     from replicator.storage import open_client
@@ -121,6 +123,7 @@ def _from_arguments(flags: dict[str, str], path: str, urls: Sequence[str], optio
             sync_interval_s=interval,
             force_snapshot=options.force_snapshot,
             history=History() if options.keeps_history else None,
+            on_failure=lambda error: on_failure(),
         )
         return Prepared(replicator, clients)
 

@@ -146,6 +146,18 @@ def test_the_application_may_make_the_database(tmp_path: Path) -> None:
     assert restored(f"file://{tmp_path}/r-a", tmp_path).exists()
 
 
+def test_a_database_that_the_application_made_just_before_its_end_is_stored_and_restored(tmp_path: Path) -> None:
+    code = (
+        f'import sqlite3; c = sqlite3.connect("{tmp_path}/a.db"); c.execute("CREATE TABLE IF NOT EXISTS t(v)");'
+        ' c.execute("INSERT INTO t VALUES(1)"); c.commit(); raise SystemExit(c.execute("SELECT count(*) FROM t").fetchone()[0])'
+    )
+    for count in (1, 2, 3):  # each time on an empty disk
+        with running("-restore-if-db-not-exists", "-exec", python(code), tmp_path / "a.db", f"file://{tmp_path}/r-a") as daemon:
+            assert daemon.end() == count
+        for path in [*tmp_path.glob("a.db*"), *(tmp_path / ".a.db-litestream/pyrepl").glob("pages")]:
+            path.unlink()
+
+
 def test_signals_are_passed_on_and_what_the_application_makes_of_them_counts(tmp_path: Path, database: sqlite3.Connection) -> None:
     code = (
         "import signal, sys, time\n"
@@ -289,6 +301,18 @@ def until_stored(folder: Path, txid: int, name: str = "a") -> None:
     while txid not in txids(f"file://{folder}/r-{name}"):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("by", ["configuration", "arguments"])
+def test_when_the_only_database_has_failed_for_good_the_process_ends(tmp_path: Path, database: sqlite3.Connection, by: str) -> None:
+    arguments = ["-config", configure(tmp_path, "a")] if by == "configuration" else [tmp_path / "a.db", f"file://{tmp_path}/r-a"]
+    with running(*arguments) as daemon:
+        until_stored(tmp_path, 1)
+        folder = tmp_path / "r-a/ltx/0"
+        (folder / f"{2:016x}-{2:016x}.ltx").write_bytes((folder / f"{1:016x}-{1:016x}.ltx").read_bytes())  # another writer's
+        insert(database, 1)
+        daemon.until("replication stopped", "level=ERROR")
+        assert daemon.end() == 1
 
 
 # -- reading the configuration again ---------------------------------------------------------------------------------------------
