@@ -14,17 +14,17 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
 
-from replicator.board import Board, State
+from replicator.board import Board, Counts, LossWindow, State
 from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
 from replicator.drills import DrillResult, DrillThread
 from replicator.engine import NotSynced
-from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageUnavailable
+from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, parse_txid
 from replicator.format.v3 import parse_index
 from replicator.formats import Format, writing
@@ -55,7 +55,7 @@ IMAGE_TRIES = 50
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """One replica: newest TXID stored, seconds since the oldest commit that it lacks was read, and its last error.
+    """One replica: newest TXID stored, seconds since the oldest commit that it lacks was made, at most, and its last error.
 
     `problems` are those of its history (compaction, snapshots, retention), which do not stop replication; `verified` is the last drill.
     `position`: in format v0.3, where what is stored ends (`<generation>/<index>:<offset>`); TXIDs only count within this process there.
@@ -72,11 +72,23 @@ class ReplicaStatus:
     problems: tuple[str, ...] = ()
     verified: DrillResult | None = None
     position: str = ""
+    online: bool = False
+    loss_window: LossWindow = LossWindow()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A database and its replicas. `txid`: newest TXID that was read; `wal_size_bytes`: logical size of the WAL; `position` as in `ReplicaStatus`."""
+    """A database and its replicas.
+
+    Attributes:
+        txid: newest TXID that was read.
+        wal_size_bytes: logical size of the WAL.
+        max_lock_s: longest time that writers had to wait for a checkpoint of ours.
+        position: as in `ReplicaStatus`.
+        synced_at: all that was committed before is on every replica.
+        pinned_s: age of the oldest frame in the WAL that no checkpoint of ours has finished.
+        waiting: TXIDs that some replica lacks and that are kept for it, their bytes in memory, and on the disk.
+    """
 
     path: Path
     state: State
@@ -87,6 +99,10 @@ class Status:
     error: str | None
     replicas: tuple[ReplicaStatus, ...]
     position: str = ""
+    synced_at: datetime | None = None
+    waiting: tuple[int, int, int] = (0, 0, 0)
+    counts: Counts = field(default_factory=Counts)
+    pinned_s: float = 0.0
 
 
 class Replicator:
@@ -114,6 +130,7 @@ class Replicator:
         history: History | Sequence[History] | None = History(),  # noqa: B008  frozen
         verify_interval_s: float | None = None,
         format: Format = "ltx",
+        on_failure: Callable[[ReplicatorError], None] | None = None,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -131,6 +148,7 @@ class Replicator:
             history: how much of the past is kept: for all replicas, or one for each in order; None keeps raw files only, for ever.
             verify_interval_s: time between two drills, in which each replica is restored and compared with the page table; none when not given.
             format: "ltx", that of Litestream 0.5, or "v0.3", that of 0.3: generations with snapshots and WAL segments.
+            on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
 
         Raises:
             ConfigError: no replica, a malformed URL, not as many histories as replicas, or drills in format v0.3.
@@ -161,7 +179,7 @@ class Replicator:
             staging_limit_bytes=staging_limit_bytes,
             force_snapshot=force_snapshot,
         )
-        self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes)
+        self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
         self._loop = EngineThread(self._engine, self._board, self._path, interval_s=interval, poll_s=poll_interval_s)
         self._recent = RecentFiles()
         self._images = Images(self._make_image)
@@ -170,6 +188,7 @@ class Replicator:
             DrillThread(self._engine, self._replicas, self._board, interval_s=verify_interval_s) if verify_interval_s is not None else None
         )
         self._keepers: dict[Replica, Keeper] = {}
+        self._keeper_threads: dict[Replica, KeeperThread] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._pid = 0
@@ -222,12 +241,17 @@ class Replicator:
                 stopping=lambda: self._board.ends,
             )
             self._keepers[replica] = keeper
-            KeeperThread(keeper, self._board).run()
+            thread = self._keeper_threads[replica] = KeeperThread(keeper, self._board)
+            thread.run()
 
         return run
 
-    def close(self, timeout_s: float = 30.0) -> None:
+    def close(self, timeout_s: float = 30.0, *, retry_interval_s: float = 0.5) -> None:
         """Sync once more, wait until all is stored, and stop. Closing twice does nothing.
+
+        Args:
+            timeout_s: how long to wait. Stopping itself takes a second more at most, unless a request hangs.
+            retry_interval_s: uploads that fail meanwhile are tried again so often, at least.
 
         Raises:
             WaitTimeout: something was not stored in time. It is staged or in the database; the next start stores it.
@@ -240,6 +264,10 @@ class Replicator:
             return
         board = self._board
         failure: ReplicatorError | None = None
+        end = time.monotonic() + timeout_s
+        with board.changed:
+            board.retry_s = retry_interval_s
+            board.changed.notify_all()
         try:
             if board.fatal is None:
                 self.wait(timeout_s=timeout_s)
@@ -250,7 +278,7 @@ class Replicator:
                 board.stop = True
                 board.changed.notify_all()
             self._engine.abandon_snapshots("replication stops")
-            end = time.monotonic() + max(timeout_s, 1.0)
+            end = max(end, time.monotonic() + 1.0)
             for thread in self._threads:
                 # A request that hangs ends when its client is closed below; nothing is lost with it.
                 thread.join(max(0.0, end - time.monotonic()))
@@ -313,6 +341,37 @@ class Replicator:
         self._board.until(lambda: enough(replica.txid >= goal for replica in asked), end, pending)
         return TXID(goal)
 
+    def capture(self, *, timeout_s: float | None = None) -> TXID:
+        """Read everything that was committed before the call; on return it is on one replica, or staged on the local disk.
+
+        Returns the newest TXID. Raises what `wait` raises.
+        """
+        self._check_process()
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        return self._board.ask(end, lambda: self._board.error or "the engine is busy")
+
+    def enforce_history(self, *, timeout_s: float | None = None) -> None:
+        """Return when all that is due of compaction, full images and retention is done, on every replica.
+
+        Raises:
+            WaitTimeout: it takes longer.
+            StorageError: something could not be done; it names the first.
+        """
+        self._check_process()
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        wanted = [replica for replica, history in zip(self._replicas, self._histories, strict=True) if history is not None]
+
+        def is_done() -> bool:
+            return all((thread := self._keeper_threads.get(replica)) is not None and thread.is_up_to_date for replica in wanted)
+
+        with self._board.changed:
+            self._board.history_is_asked = True
+            self._board.changed.notify_all()
+        self._board.until(is_done, end, lambda: "the history is still being worked on")
+        for replica in wanted:
+            for task, problem in list(self._keepers[replica].problems.items()):
+                raise StorageError(f"history is not kept: {replica.url}: {task}: {problem}")
+
     def snapshot(self, *, timeout_s: float | None = None) -> TXID:
         """Store a full image (level 9) of the newest state on every replica while replication goes on; returns its TXID.
 
@@ -358,7 +417,22 @@ class Replicator:
                 board.error,
                 replicas,
                 engine.place,
+                board.synced_at,
+                board.waiting(),
+                replace(board.counts),
+                engine.pinned_s,
             )
+
+    def raw_files(self) -> dict[str, int]:
+        """Count the first replica's raw files, as far as this process knows: "eligible" for deletion, "not_compacted", "too_recent"."""
+        history, found = self._histories[0], {"eligible": 0, "not_compacted": 0, "too_recent": 0}
+        files, now = self._replicas[0].listing(), datetime.now(UTC)
+        merged = max((info.max_txid for info in files.get(1, ())), default=0)
+        keep_s = history.l0_retention_s if history is not None else 0.0
+        for info in files.get(0, ()):
+            young = not keep_s or (now - info.created_at).total_seconds() < keep_s
+            found["not_compacted" if info.max_txid > merged else "too_recent" if young else "eligible"] += 1
+        return found
 
     def _replica_status(self, replica: Replica) -> ReplicaStatus:
         keeper = self._keepers.get(replica)
@@ -374,6 +448,8 @@ class Replicator:
             tuple(f"{task}: {problem}" for task, problem in list(keeper.problems.items())) if keeper else (),
             self._drills.results.get(replica) if self._drills else None,
             replica.position,
+            replica.online,
+            self._board.loss_window(replica),
         )
 
     def _check_process(self) -> None:

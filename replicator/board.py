@@ -7,10 +7,13 @@ replica, or staged, the engine encodes nothing more, and the WAL is the queue.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,20 +22,75 @@ from replicator.format.ltx import TXID
 from replicator.outbox import Entry
 from replicator.replica import Replica
 
-__all__ = ["Board", "State"]
+__all__ = ["Board", "Counts", "LossWindow", "State"]
 
 State = Literal["starting", "replicating", "degraded", "failed", "stopped"]
 
 OUTBOX_BYTES = 32 << 20
 MAX_TIMES = 4096
+RECENT = 1024
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LossWindow:
+    """How long commits of the last `count` TXIDs (1024 at most) were on this machine alone: seconds from the commit, at the latest, until stored."""
+
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+    max_s: float = 0.0
+    count: int = 0
+    total: int = 0
+    total_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine's thread has done since the start."""
+
+    syncs: int = 0
+    sync_errors: int = 0
+    sync_s: float = 0.0
+    wal_bytes: int = 0
+    checkpoint_tries: int = 0
+    checkpoint_failures: int = 0
+    checkpoint_s: float = 0.0
+
+
+class _Windows:
+    """The loss windows of one replica."""
+
+    def __init__(self) -> None:
+        self.counted = TXID(0)
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._total, self._total_s = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+        self._total += 1
+        self._total_s += seconds
+
+    def value(self) -> LossWindow:
+        if not self._recent:
+            return LossWindow()
+        ordered = sorted(self._recent)
+        last = len(ordered) - 1
+        return LossWindow(ordered[last // 2], ordered[math.ceil(last * 0.99)], ordered[-1], len(ordered), self._total, self._total_s)
 
 
 class Board:
     """All methods may be called from any thread. `changed` is the condition: hold it to read several attributes together."""
 
-    def __init__(self, path: Path, replicas: Sequence[Replica], *, staging_limit_bytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        replicas: Sequence[Replica],
+        *,
+        staging_limit_bytes: int,
+        on_failure: Callable[[ReplicatorError], None] | None = None,
+    ) -> None:
+        """`on_failure` is called once, by the thread that fails, when replication ends for good."""
         self.changed = threading.Condition()
         self.path = path
         self.replicas = replicas
@@ -43,6 +101,16 @@ class Board:
         self.stop = False
         self.given_out = TXID(0)
         """Newest TXID that was handed to the replicas, or that the page table had at the start."""
+        self.counts = Counts()
+        self.synced_at: datetime | None = None
+        """All that was committed before is on every replica."""
+        self.retry_s = math.inf
+        """Longest time between two tries of an upload."""
+        self.history_is_asked = False
+        """Somebody waits for what is due of the history."""
+        self._looked_at: datetime | None = None
+        self._on_failure = on_failure
+        self._windows = {replica: _Windows() for replica in replicas}
         self._asked = self._answered = 0
         self._answered_txid = TXID(0)
         self._outbox: deque[Entry] = deque()
@@ -61,15 +129,17 @@ class Board:
         with self.changed:
             self._outbox.extend(staged)
             self.given_out = txid
+            for windows in self._windows.values():
+                windows.counted = txid
             self.state = "replicating"
             self.changed.notify_all()
 
-    def put(self, entry: Entry) -> None:
-        """Hand an entry to the replicas."""
+    def put(self, entry: Entry, since: float | None = None) -> None:
+        """Hand an entry to the replicas. `since`: when its first commit was made, at the earliest, on the monotonic clock."""
         with self.changed:
             if len(self._since) >= MAX_TIMES:  # a replica is away for long: every second one will do
                 self._since = dict(list(self._since.items())[::2])
-            self._since[entry.txid] = time.monotonic()
+            self._since[entry.txid] = time.monotonic() if since is None else since
             self._outbox.append(entry)
             self.given_out = entry.txid
             self.changed.notify_all()
@@ -124,8 +194,36 @@ class Board:
             self.changed.notify_all()
         return dropped
 
+    def note_stored(self, replica: Replica) -> None:
+        """A replica has taken something: note how long that was on this machine alone."""
+        with self.changed:
+            windows, now = self._windows[replica], time.monotonic()
+            for txid, since in self._since.items():
+                if windows.counted < txid <= replica.txid:
+                    windows.add(now - since)
+            windows.counted = max(windows.counted, replica.txid)
+            self._note_synced()
+
+    def _note_synced(self) -> None:
+        if self._looked_at is not None and all(item.online and item.txid >= self._answered_txid for item in self.replicas):
+            self.synced_at = self._looked_at
+
+    def loss_window(self, replica: Replica) -> LossWindow:
+        """Return how long what a replica holds was on this machine alone."""
+        with self.changed:
+            return self._windows[replica].value()
+
+    def waiting(self) -> tuple[int, int, int]:
+        """Return what waits for a replica: entries, and their bytes in memory and on the disk."""
+        with self.changed:
+            return (
+                len(self._outbox),
+                sum(entry.memory_bytes for entry in self._outbox),
+                sum(entry.staged_bytes for entry in self._outbox),
+            )
+
     def lag_s(self, replica: Replica) -> float:
-        """Seconds since the oldest entry that a replica lacks was handed out; 0 when it lacks none."""
+        """Seconds since the oldest commit that a replica lacks was made, at the earliest; 0 when it lacks none."""
         with self.changed:
             waiting = min((since for txid, since in self._since.items() if txid > replica.txid), default=None)
             return time.monotonic() - waiting if waiting is not None else 0.0
@@ -147,6 +245,8 @@ class Board:
             is_news = self.error is not None or (question, txid) != (self._answered, self._answered_txid)
             self.error = self.gone = None
             self._answered, self._answered_txid = question, txid
+            self._looked_at = datetime.now(UTC)
+            self._note_synced()
             if is_news:  # a look at a database at rest wakes nobody
                 self.changed.notify_all()
 
@@ -205,6 +305,9 @@ class Board:
                 log.error("replication stopped by a defect db=%s", self.path, exc_info=error)
                 failure = ReplicatorError(f"internal error, replication of {self.path} stopped: {error!r}")
                 failure.__cause__ = error
-            if self.fatal is None:
+            first = self.fatal is None
+            if first:
                 self.error, self.fatal, self.state = str(failure), failure, "failed"
             self.changed.notify_all()
+        if first and self._on_failure is not None:
+            self._on_failure(failure)

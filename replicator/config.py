@@ -26,22 +26,27 @@ from replicator.expand import expand_environment
 from replicator.formats import Format
 from replicator.levels import History
 from replicator.storage.url import MIN_PART_SIZE, S3Settings, endpoint_url, file_path, is_url, parse_s3_url, redact, scheme
+from replicator.words import split_words
 from replicator.yamltree import MAX_TEXT, Note, ScalarNode, YAMLProblem, parse_yaml
 
 __all__ = [
     "DEFAULT_PATH",
+    "DEFAULT_SOCKET",
     "MAX_TEXT",
     "Config",
+    "Daemon",
     "DatabaseSettings",
     "Logging",
     "Note",
     "ReplicaSettings",
+    "Socket",
     "absolute_path",
     "database_path",
     "load",
 ]
 
 DEFAULT_PATH = "/etc/litestream.yml"
+DEFAULT_SOCKET = "/var/run/litestream.sock"
 
 _SQLITE_URL = re.compile(r"^sqlite3?://")
 
@@ -52,6 +57,33 @@ class Logging:
 
     level: str | None = None
     stderr: bool = False
+    kind: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """`socket`: where control requests are taken, and who may send them."""
+
+    enabled: bool = False
+    path: Path = Path(DEFAULT_SOCKET)
+    permissions: int = 0o600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """What is said about the process itself.
+
+    Attributes:
+        address: host (empty for all) and port where metrics are served; None for nowhere.
+        command: the application to run, in words; empty for none.
+        shutdown_timeout_s, shutdown_interval_s: how long the last sync may take, and the longest time between two of its tries.
+    """
+
+    address: tuple[str, int] | None = None
+    command: tuple[str, ...] = ()
+    socket: Socket = Socket()
+    shutdown_timeout_s: float = 30.0
+    shutdown_interval_s: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +138,7 @@ class Config:
     databases: tuple[DatabaseSettings, ...]
     logging: Logging
     warnings: tuple[Note, ...]
+    daemon: Daemon = Daemon()
 
     def database(self, path: Path) -> DatabaseSettings | None:
         """Return the settings of the database at an absolute path."""
@@ -188,11 +221,15 @@ _INHERITED = _GLOBAL_REPLICA - _NOT_INHERITED
 
 _TOP_ELSEWHERE = frozenset(
     [
-        "addr", "mcp-addr", "exec", "socket", "verify-compaction", "validation", "heartbeat-url", "heartbeat-interval",
+        "mcp-addr", "verify-compaction", "validation", "heartbeat-url", "heartbeat-interval",
+    ]
+)  # fmt: skip
+_TOP_OWN = frozenset(
+    [
+        "dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging", "addr", "exec", "socket",
         "shutdown-sync-timeout", "shutdown-sync-interval",
     ]
 )  # fmt: skip
-_TOP_OWN = frozenset(["dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging"])
 _DIRECTORY = ("dir", "pattern", "recursive", "watch", "meta-dir")
 _DATABASE_ELSEWHERE = frozenset(["truncate-page-n", "max-sync-wal-bytes", "max-checkpoint-page-count"])
 _DATABASE_OWN = frozenset(
@@ -221,17 +258,60 @@ def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
     history = _read_history(top, entries)
     databases = [_read_database(entry, top, history, environ) for entry in entries]
     _check_unique(top.reader, entries, databases)
-    return Config(
-        tuple(databases), _read_logging(top.table("logging")), tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column)))
-    )
+    log, daemon = _read_logging(top.table("logging")), _read_daemon(top)
+    return Config(tuple(databases), log, tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column))), daemon)
+
+
+def _read_daemon(top: Table) -> Daemon:
+    said = {
+        "address": _read_address(top),
+        "command": _read_command(top),
+        "shutdown_timeout_s": top.duration("shutdown-sync-timeout"),
+        "shutdown_interval_s": top.duration("shutdown-sync-interval", zero=False),
+    }
+    return replace(Daemon(socket=_read_socket(top.table("socket"))), **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _read_address(top: Table) -> tuple[str, int] | None:
+    text = top.text("addr")
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})", text)
+    if found is None or int(found[3]) > 65535:
+        top.fail("addr", "must specify port for bind address, as in :9090 or 127.0.0.1:9090")
+    return found[1] or found[2] or "", int(found[3])
+
+
+def _read_command(top: Table) -> tuple[str, ...] | None:
+    text = top.text("exec")
+    try:
+        return None if text is None else split_words(text)
+    except ConfigError as error:
+        top.fail("exec", str(error), error.hint)
+
+
+def _read_socket(table: Table) -> Socket:
+    table.check_keys(["enabled", "path", "permissions"])
+    return Socket(bool(table.boolean("enabled")), table.path("path") or Path(DEFAULT_SOCKET), _read_permissions(table))
+
+
+def _read_permissions(table: Table) -> int:
+    text = table.text("permissions")
+    if text is None:
+        return Socket().permissions
+    found = re.fullmatch(r"0o?([0-7]{3})", text)
+    if found is None:
+        # In YAML 600 is a decimal number: mode 1130, which nobody means.
+        table.fail("permissions", "must be an octal number such as 0600, with the leading zero")
+    return int(found[1], 8)
 
 
 def _read_logging(table: Table) -> Logging:
     table.check_keys(["level", "type", "stderr", "source"])
     kind = table.text("type")
-    if kind in ("json", "pretty"):
+    if kind == "pretty":
         table.warn("type", f"{kind} is not implemented yet: lines are text")
-    elif kind not in (None, "text"):
+    elif kind not in (None, "text", "json"):
         table.warn("type", "must be text, json or pretty: lines are text")
     if table.boolean("source"):
         table.warn("source", "not implemented yet: it has no effect")
@@ -239,7 +319,7 @@ def _read_logging(table: Table) -> Logging:
     level = {"warning": "warn"}.get(level, level)
     if level not in ("", "trace", "debug", "info", "warn", "error"):
         table.fail("level", "must be trace, debug, info, warn or error")
-    return Logging(level or None, bool(table.boolean("stderr")))
+    return Logging(level or None, bool(table.boolean("stderr")), "json" if kind == "json" else "text")
 
 
 def _read_history(top: Table, entries: Sequence[Table]) -> History:

@@ -423,6 +423,12 @@ class Engine:
         if self._known is not None:
             self._known.note(self.replicas)
 
+    @property
+    def pinned_s(self) -> float:
+        """Seconds since the oldest frame was read that no checkpoint of ours has finished; 0 when there is none."""
+        since = self._frames_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def staging_is_full(self) -> bool:
         """True when the staging folder has reached its bound, or the disk is nearly full."""
         return self._staging is not None and self._staging.is_full()

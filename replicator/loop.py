@@ -30,6 +30,8 @@ class EngineThread:
         self._interval, self._poll = interval_s, poll_s
         self._watch = Watch(path, self._wake)
         self._woken = False
+        self._woken_at = 0.0
+        self._clear_at = time.monotonic()  # everything committed before is read
         self._unsettled: Entry | None = None
 
     def run(self) -> None:
@@ -56,17 +58,21 @@ class EngineThread:
                     return
                 # Before looking, never after: what happens from here on must wake us again.
                 woken, self._woken = self._woken, False
+                if woken and self._watch.armed:  # nothing happened before the first event
+                    self._clear_at = max(self._clear_at, self._woken_at)
             if self._watch.armed and woken:
                 self._watch.disarm()
                 last_news = time.monotonic()
             last_sync = time.monotonic()
             try:
+                board.counts.syncs += 1
                 news = self._sync()
             except (LeaseError, ReplicaStateError) as error:
                 board.fail(error)
                 return
             except TEMPORARY as error:
                 board.report(error)
+                board.counts.sync_errors += 1
                 failures += 1
                 with board.changed:
                     board.changed.wait_for(lambda: board.ends, RETRY_S[min(failures, len(RETRY_S)) - 1])
@@ -89,7 +95,8 @@ class EngineThread:
 
     def _wake(self) -> None:
         with self._board.changed:
-            self._woken = True
+            if not self._woken:
+                self._woken, self._woken_at = True, time.monotonic()
             self._board.changed.notify_all()
 
     def _next_due(self, now: float, last_sync: float, last_news: float) -> float:
@@ -108,21 +115,31 @@ class EngineThread:
             self._settle(self._unsettled)
         news = False
         for _ in range(MAX_STEPS):
-            question = board.question()
+            question, looked_at = board.question(), time.monotonic()
             self._wait_for_room()
+            began = time.monotonic()
             entry = engine.advance()
+            board.counts.sync_s += time.monotonic() - began
             if entry is not None:
                 news = True
-                self._deliver(entry)
+                board.counts.wal_bytes += sum(file.size for file in entry.files)
+                self._deliver(entry, self._clear_at)
             if not engine.at_end:
                 continue  # more to read: neither the pin nor a checkpoint can move now
+            self._clear_at = looked_at
             board.answer(question, engine.txid)
             engine.settle_pin()
             if engine.checkpoint_due():
-                engine.checkpoint()
+                self._checkpoint()
             if not engine.has_tail:
                 return news
         return news
+
+    def _checkpoint(self) -> None:
+        counts, began = self._board.counts, time.monotonic()
+        counts.checkpoint_tries += 1
+        counts.checkpoint_failures += not self._engine.checkpoint()
+        counts.checkpoint_s += time.monotonic() - began
 
     def _wait_for_room(self) -> None:
         """While no replica takes anything and the staging folder is full, the WAL is the queue."""
@@ -133,13 +150,13 @@ class EngineThread:
                 board.changed.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
             self._raise_if_ended()
 
-    def _deliver(self, entry: Entry) -> None:
+    def _deliver(self, entry: Entry, since: float) -> None:
         """Hand an entry to the replicas; returns when one has it, or when it is staged, and the page table knows it.
 
         From here on the entry may be stored at any moment. So it is never given up: what fails is tried again with this very entry.
         """
         board, engine, txid = self._board, self._engine, entry.txid
-        board.put(entry)
+        board.put(entry, since)
         while not entry.is_staged:
             with board.changed:
                 board.changed.wait_for(lambda: board.is_stored(txid) or board.ends, STAGE_AFTER_S)

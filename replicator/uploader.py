@@ -63,6 +63,7 @@ class Uploader:
                 return
             failures = 0
             replica.error = None
+            board.note_stored(replica)
             for entry in board.tidy():
                 self._engine.forget(entry)
 
@@ -72,7 +73,9 @@ class Uploader:
                 log.warning("upload failed replica=%s error=%r", self._replica.url, str(error))
             self._replica.error = str(error)
             self._board.changed.notify_all()
-            self._board.changed.wait_for(lambda: self._board.ends, delay_s)
+            began = time.monotonic()
+            while not self._board.ends and (left := began + min(delay_s, self._board.retry_s) - time.monotonic()) > 0:
+                self._board.changed.wait(left)
 
     def _work(self) -> Callable[[], None] | None:
         """What to do next; None when the replica has everything."""
@@ -115,6 +118,12 @@ class KeeperThread:
 
     def __init__(self, keeper: Keeper, board: Board) -> None:
         self._keeper, self._board = keeper, board
+        self._done_for: object = None
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether nothing is due of what the replica holds. What failed is due later, and among the keeper's `problems`."""
+        return self._done_for == self._keeper.progress
 
     def run(self) -> None:
         """Body of the thread."""
@@ -125,7 +134,12 @@ class KeeperThread:
         try:
             while not board.ends:
                 seen, due = keeper.progress, keeper.due()
+                if due is None or due > time.time():
+                    with board.changed:
+                        self._done_for = seen
+                        board.changed.notify_all()
                 if self._sleep(seen, due):
+                    self._done_for = None
                     keeper.step()
         except Exception as error:
             # Without its keeper a replica grows, but it stays right: replication goes on.
@@ -137,7 +151,8 @@ class KeeperThread:
         board, keeper, interval_s = self._board, self._keeper, self._keeper.history.level_intervals_s[0]
 
         def is_early() -> bool:
-            return keeper.progress != seen and (due is None or due > next_boundary(time.time(), interval_s))
+            early = board.history_is_asked or due is None or due > next_boundary(time.time(), interval_s)
+            return keeper.progress != seen and early
 
         with board.changed:
             return not board.changed.wait_for(lambda: board.ends or is_early(), None if due is None else max(0.0, due - time.time()))

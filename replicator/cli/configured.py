@@ -21,6 +21,7 @@ __all__ = [
     "Source",
     "configured_database",
     "find_source",
+    "home",
     "load_config",
     "log_warnings",
 ]
@@ -100,7 +101,7 @@ def configured_database(flags: dict[str, str], argument: str) -> DatabaseSetting
 
     config = load_config(flags)
     log_warnings(config)
-    path = database_path(argument, home=_home(), folder=Path.cwd())
+    path = database_path(argument, home=home(), folder=Path.cwd())
     settings = config.database(path)
     if settings is None:
         raise ConfigError(f"database not found in config: {path}", hint="`pyrepl databases` lists them; a replica is named by its URL")
@@ -110,8 +111,9 @@ def configured_database(flags: dict[str, str], argument: str) -> DatabaseSetting
 def _absolute(text: str) -> Path:
     from replicator.config import absolute_path
 
-    return absolute_path(text, home=_home(), folder=Path.cwd())
+    return absolute_path(text, home=home(), folder=Path.cwd())
 
 
-def _home() -> Path | None:
+def home() -> Path | None:
+    """What `~/` stands for."""
     return Path(os.environ["HOME"]) if os.environ.get("HOME") else None

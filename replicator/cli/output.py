@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -89,19 +92,52 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC)
-        words = record.getMessage().split(" ")
-        first = next((at for at, word in enumerate(words) if "=" in word), len(words))
-        facts = "".join(f" {word}" for word in words[first:])
-        level = {"WARNING": "WARN"}.get(record.levelname, record.levelname)
-        return f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={level} msg="{" ".join(words[:first])}"{facts}'
+        message, facts = _split(record)
+        level = _LEVELS.get(record.levelname, record.levelname)
+        text = f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={level} msg="{message}"{facts and " "}{facts}'
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def log_to(stream: TextIO, level: str) -> None:
+class JSONLines(logging.Formatter):
+    """One JSON object on each line, with the keys of Litestream: time, level, msg, and the facts. Values of facts are texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC)
+        message, facts = _split(record)
+        fields = {
+            "time": when.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "level": _LEVELS.get(record.levelname, record.levelname),
+            "msg": message,
+        }
+        for key, value in _FACT.findall(facts):
+            try:
+                text = ast.literal_eval(value) if value[:1] in "'\"" else value
+            except (ValueError, SyntaxError):
+                text = value
+            fields.setdefault(key, text)
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+_LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
+_FACT = re.compile(r"""([\w.-]+)=('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.*?)(?=;|(?:\s+[\w.-]+=)|\s*$)""", re.DOTALL)
+
+
+def _split(record: logging.LogRecord) -> tuple[str, str]:
+    """Return what was said, and the facts after it."""
+    text = record.getMessage()
+    found = re.search(r"(?:^|(?<= ))[\w.-]+=", text)
+    at = found.start() if found else len(text)
+    return text[:at].rstrip(), text[at:]
+
+
+def log_to(stream: TextIO, level: str, *, kind: str = "text") -> None:
     levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "error": 40}
     if level.lower() not in levels:
         raise UsageError(f"invalid value for -log-level: {level!r} ({', '.join(levels)})")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JSONLines() if kind == "json" else Lines())
     root = logging.getLogger("replicator")
     root.handlers[:] = [handler]
     root.setLevel(levels[level.lower()])

@@ -70,7 +70,7 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "litestream.yml"
     path.write_text(
         f"""
-addr: ":9090"
+mcp-addr: ":9090"
 dbs:
   - path: {tmp_path}/a.db
     replicas:
@@ -273,7 +273,7 @@ def test_the_released_binary_lists_the_same_databases(tmp_path: Path) -> None:
     config = tmp_path / "litestream.yml"
     config.write_text(
         f"""
-addr: ":9090"
+mcp-addr: ":9090"
 access-key-id: key
 secret-access-key: secret
 snapshot: {{interval: 6h, retention: 72h}}

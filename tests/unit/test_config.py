@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicator.config import Config, DatabaseSettings, ReplicaSettings, database_path, load
+from replicator.config import Config, Daemon, DatabaseSettings, ReplicaSettings, Socket, database_path, load
 from replicator.errors import ConfigError
 from replicator.levels import History
 from replicator.storage import open_replica
@@ -387,15 +387,11 @@ def test_numbers_that_are_no_durations(number: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("addr: ':9090'", 1, "addr: not implemented yet"),
-        ("\nexec: foo", 2, "exec: not implemented yet"),
-        ("socket: {enabled: true}", 1, "socket"),
         ("mcp-addr: x", 1, "mcp-addr"),
         ("heartbeat-url: 'https://h'", 1, "heartbeat-url"),
         ("validation: {interval: 1h}", 1, "validation"),
         ("verify-compaction: true", 1, "verify-compaction"),
-        ("shutdown-sync-timeout: 10s", 1, "shutdown-sync-timeout"),
-        ("logging: {type: json}", 1, "logging.type: json is not implemented yet"),
+        ("logging: {type: pretty}", 1, "logging.type: pretty is not implemented yet"),
         ("logging: {source: true}", 1, "logging.source"),
         ("auto-recover: true", 1, "auto-recover"),
         ("dbs:\n - {path: a, truncate-page-n: 1, replica: {path: r}}", 2, "dbs[0].truncate-page-n"),
@@ -425,6 +421,56 @@ def test_logging() -> None:
         assert read(f"logging: {{level: {text}, stderr: true, type: text}}").logging.level == level
     assert read("logging: {stderr: true}").logging.stderr
     refused("logging: {level: loud}", "must be trace, debug")
+
+
+def test_what_is_said_about_the_process() -> None:
+    text = """
+addr: "127.0.0.1:9090"
+exec: sh -c 'sleep 1; exit 3'
+socket: {enabled: true, path: run/s.sock, permissions: 0660}
+shutdown-sync-timeout: 10s
+shutdown-sync-interval: 100ms
+logging: {type: json}
+"""
+    found = read(text)
+    assert found.warnings == ()
+    assert found.logging.kind == "json"
+    assert found.daemon == Daemon(
+        address=("127.0.0.1", 9090),
+        command=("sh", "-c", "sleep 1; exit 3"),
+        socket=Socket(True, Path("/work/run/s.sock"), 0o660),
+        shutdown_timeout_s=10.0,
+        shutdown_interval_s=0.1,
+    )
+    assert read("").daemon == Daemon()
+
+
+@pytest.mark.parametrize(("text", "address"), [(":9090", ("", 9090)), ("localhost:0", ("localhost", 0)), ("[::1]:80", ("::1", 80))])
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert read(f"addr: '{text}'").daemon.address == address
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("addr: localhost", "must specify port for bind address"),
+        ("addr: ':99999'", "must specify port"),
+        ("addr: '::1:80'", "must specify port"),
+        ("addr: 'http://h:80'", "must specify port"),
+        ("exec: 'app; echo'", "; outside of quotes"),
+        ("exec: 'app \"'", "a quote is not closed"),
+        ("exec: \"''\"", "it is empty"),
+        ("socket: /run/s.sock", "must be a mapping"),
+        ("socket: {permissions: 600}", "octal number such as 0600"),
+        ("socket: {permissions: 0999}", "octal number"),
+        ("socket: {permissions: 04600}", "octal number"),
+        ("socket: {enabled: 'true'}", "must be true or false"),
+        ("shutdown-sync-timeout: 10", "10 without a unit"),
+        ("shutdown-sync-interval: 0s", "must be longer than 0"),
+    ],
+)
+def test_what_is_refused_about_the_process(text: str, words: str) -> None:
+    refused(text, "c.yml:1:", words)
 
 
 def test_variables_and_their_warnings() -> None:

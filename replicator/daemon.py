@@ -1,0 +1,369 @@
+"""From settings to a running store with its listeners, and back: signals, the application as a child, reloading, the orderly stop.
+
+The main thread sleeps on a pipe. Signals, the end of the child and changes in the store arrive there as bytes; a signal handler does nothing
+else, because one that sets an event deadlocks when it interrupts that event's own wait.
+
+| event | what happens |
+|---|---|
+| first SIGINT or SIGTERM | is passed on to the child, whose end is waited for; then everything is stored within `shutdown-sync-timeout` |
+| second one | the child is killed, and we leave at once |
+| SIGHUP | the configuration is read again (not without one); what is wrong with it leaves everything as it is |
+| SIGUSR1, SIGUSR2, SIGQUIT, SIGWINCH | are passed on to the child, if there is one |
+| the child ends | everything is stored within the time, and its exit code is ours |
+| every database has failed for good | the end, with an error; not with a child or a control socket, which may mend it |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from replicator import config
+from replicator.api import Replicator
+from replicator.errors import ConfigError, ReplicatorError
+from replicator.storage import open_client, open_replica, redact
+from replicator.storage.measured import Operations, measured
+from replicator.storage.url import is_url, scheme
+from replicator.store import Member, Prepared, Store
+
+__all__ = ["Daemon", "Options", "Wakeups", "leave", "member_for", "registered_member", "run_once"]
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+FOR_CHILD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGWINCH)
+EXIT_FAILED = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says about all databases."""
+
+    once: bool = False
+    force_snapshot: bool = False
+    enforce_history: bool = False
+    restore_missing: bool = False
+
+    @property
+    def keeps_history(self) -> bool:
+        return not self.once or self.enforce_history
+
+
+def member_for(settings: config.DatabaseSettings, options: Options, operations: Operations, on_failure: Callable[[], None]) -> Member:
+    """Return the member of a database in the configuration. Raises `ConfigError`."""
+    said = {
+        "poll_interval_s": settings.monitor_interval_s,
+        "checkpoint_interval_s": settings.checkpoint_interval_s,
+        "busy_timeout_s": settings.busy_timeout_s,
+        "min_checkpoint_pages": settings.min_checkpoint_pages,
+    }
+    intervals = [item.sync_interval_s for item in settings.replicas if item.sync_interval_s is not None]
+
+    def prepare() -> Prepared:
+        clients = [measured(open_replica(item), operations) for item in settings.replicas]
+        replicator = Replicator(
+            settings.path,
+            *clients,
+            meta_path=settings.meta_path,
+            sync_interval_s=min(intervals, default=None),
+            force_snapshot=options.force_snapshot,
+            history=[item.history for item in settings.replicas] if options.keeps_history else None,
+            verify_interval_s=settings.verify_interval_s,
+            format=settings.format,
+            on_failure=lambda error: on_failure(),
+            **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
+        )
+        return Prepared(replicator, clients)
+
+    wanted = settings.restore_if_db_not_exists or options.restore_missing
+    urls = [item.url for item in settings.replicas]
+    return Member(settings.path, prepare, restore_missing=wanted, settings=settings, urls=urls)
+
+
+def registered_member(path: Path, url: str, operations: Operations, on_failure: Callable[[], None]) -> Member:
+    """Return the member of a database that is registered while the process runs, with defaults for all but the URL. Raises `ConfigError`."""
+    if not is_url(url):
+        raise ConfigError(f"replica url scheme required: {redact(url)}")
+    if scheme(url) == "memory":
+        raise ConfigError("unsupported replica URL scheme: memory")  # it would be gone with this process
+
+    def prepare() -> Prepared:
+        client = measured(open_client(url), operations)
+        return Prepared(Replicator(path, client, on_failure=lambda error: on_failure()), [client])
+
+    client = open_client(url)
+    client.close()
+    return Member(path, prepare, urls=[client.url])
+
+
+# -- events ----------------------------------------------------------------------------------------------------------------------
+
+
+def leave(number: int) -> None:
+    """End at once because of a signal. Nothing is lost: what is not stored is in the database, or staged."""
+    os._exit(128 + number)
+
+
+class Wakeups:
+    """The pipe. `wake` may be called from any thread and from signal handlers."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        os.set_blocking(self._reader, False)
+        self._stops = 0
+        self._leave: Callable[[int], None] = leave
+
+    def take_signals(self, numbers: Sequence[int], leave: Callable[[int], None], *, at_once: bool = False) -> None:
+        """Let signals arrive here; `leave` is called, in the handler, at the second one that stops.
+
+        Args:
+            at_once: at the first one already.
+        """
+        self._leave, self._stops = leave, int(at_once)
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        if number in STOPS:
+            self._stops += 1
+            if self._stops > 1:
+                self._leave(number)
+        self._write(number)
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._write(0)
+
+    def _write(self, number: int) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will be read
+            os.write(self._writer, bytes([number]))
+
+    def wait(self) -> bytes:
+        """Sleep until something arrives; returns the numbers of signals, and 0 for what is no signal."""
+        select.select([self._reader], [], [])
+        return os.read(self._reader, 4096)
+
+
+class Child:
+    """The application. A thread waits for its end."""
+
+    def __init__(self, command: Sequence[str], on_end: Callable[[], None]) -> None:
+        try:
+            self._process = subprocess.Popen(command)
+        except (OSError, ValueError) as error:
+            reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"cannot start exec command: {command[0]}: {reason}") from error
+        self.code: int | None = None
+        self._on_end = on_end
+        log.info("application started pid=%d", self._process.pid)
+        threading.Thread(target=self._wait, name="pyrepl exec", daemon=True).start()
+
+    def _wait(self) -> None:
+        code = self._process.wait()
+        self.code = code if code >= 0 else 128 - code
+        self._on_end()
+
+    def send(self, number: int) -> None:
+        """Pass a signal on."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+
+# -- the process -----------------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """One process that replicates until it is stopped. `run` once, in the main thread."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        settings: config.Daemon,
+        wakeups: Wakeups,
+        operations: Operations,
+        *,
+        retry: bool = True,
+        load: Callable[[], config.Config] | None = None,
+        make: Callable[[config.DatabaseSettings], Member] | None = None,
+        shutdown_timeout_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            retry: False: a database that cannot begin is an error at once.
+            load, make: read the configuration again, and make the member of one of its databases; for SIGHUP.
+            shutdown_timeout_s: instead of the one in the settings.
+        """
+        self._settings, self._wakeups, self._operations = settings, wakeups, operations
+        self._store = Store(members, retry=retry, on_change=wakeups.wake)
+        self._load, self._make = load, make
+        self._timeout_s = shutdown_timeout_s
+        self._child: Child | None = None
+        self._reloading: threading.Thread | None = None
+        self._reload_again = False
+
+    def run(self) -> int:
+        """Replicate; returns the exit code.
+
+        Raises:
+            ConfigError: an address or the socket is not to be had, or the application cannot be started.
+        """
+        signals = [*STOPS, *([signal.SIGHUP] if self._load else []), *(FOR_CHILD if self._settings.command else [])]
+        self._wakeups.take_signals(signals, self._leave)
+        with self._listeners():
+            self._store.start()
+            try:
+                self._until_over()
+            finally:
+                errors = self._close()
+        if self._child is not None and self._child.code:
+            return self._child.code
+        return EXIT_FAILED if errors or self.errors() else 0
+
+    def errors(self) -> list[Exception]:
+        """Return what is wrong with databases, one error for each."""
+        return [member.error for member in self._store.members() if member.error is not None]
+
+    def _leave(self, number: int) -> None:
+        if self._child is not None:
+            self._child.send(signal.SIGKILL)
+        leave(number)
+
+    @contextlib.contextmanager
+    def _listeners(self) -> Iterator[None]:
+        """Everything that can be refused is asked for before a database is touched."""
+        from replicator.server import Control, Listener, Observed, listen_tcp, listen_unix
+
+        with contextlib.ExitStack() as stack:
+            if self._settings.address is not None:
+                from replicator.metrics import renderer
+
+                made = listen_tcp(*self._settings.address)
+                listener = Listener(made, Observed(self._store, renderer(self._store, self._operations)).respond, "metrics")
+                stack.callback(listener.close)
+                listener.start()
+                host, port = listener.address[:2]
+                log.info("serving metrics on url=http://%s/metrics", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            if self._settings.socket.enabled:
+                path = self._settings.socket.path
+                made = listen_unix(path, self._settings.socket.permissions)
+                listener = Listener(made, Control(self._store, self._register, started_at=datetime.now(UTC)).respond, "control")
+                stack.callback(listener.close)
+                listener.start()
+                log.info("control socket listening path=%s", path)
+            yield
+
+    def _register(self, path: Path, url: str) -> Member:
+        return registered_member(path, url, self._operations, self._wakeups.wake)
+
+    # -- running -----------------------------------------------------------------------------------------------------------------
+
+    def _until_over(self) -> None:
+        stopping = False
+        while not self._is_over(stopping):
+            for number in self._wakeups.wait():
+                if number in STOPS:
+                    stopping = True
+                    log.info("signal received, shutting down signal=%s", signal.Signals(number).name)
+                if number == signal.SIGHUP:
+                    self._reload_again = True
+                elif number and self._child is not None:
+                    self._child.send(number)
+            if self._reload_again and (self._reloading is None or not self._reloading.is_alive()):
+                self._reload_again = False
+                self._reloading = threading.Thread(target=self._reload, name="pyrepl reload", daemon=True)
+                self._reloading.start()
+
+    def _is_over(self, stopping: bool) -> bool:
+        if self._child is not None:
+            return self._child.code is not None
+        if stopping:
+            return True
+        if self._settings.command:
+            if self._store.wait_until_tried(0):
+                self._check_restored()
+                self._child = Child(self._settings.command, self._wakeups.wake)
+            return False
+        return self._store.is_over and not self._settings.socket.enabled
+
+    def _check_restored(self) -> None:
+        """The application would make an empty database of one that could not be restored."""
+        for member in self._store.members():
+            if member.is_missing_restore and not member.path.exists():
+                raise member.error if isinstance(member.error, ReplicatorError) else ConfigError(f"cannot restore {member.path}")
+
+    def _close(self) -> dict[Path, Exception]:
+        end = time.monotonic() + self._shutdown_timeout_s
+        if self._child is not None:  # it may have made a database a moment ago, on a disk that ends with us
+            self._store.try_waiting(self._shutdown_timeout_s)
+        errors = self._store.close(max(1.0, end - time.monotonic()), retry_interval_s=self._settings.shutdown_interval_s)
+        if self._reloading is not None:
+            self._reloading.join(max(1.0, end - time.monotonic()))
+        return errors
+
+    @property
+    def _shutdown_timeout_s(self) -> float:
+        """At least a second: a sync that may take no time at all would always fail."""
+        return max(1.0, self._settings.shutdown_timeout_s if self._timeout_s is None else self._timeout_s)
+
+    # -- reloading ---------------------------------------------------------------------------------------------------------------
+
+    def _reload(self) -> None:
+        try:
+            self._apply()
+        except (ReplicatorError, OSError) as error:
+            log.error("configuration not reloaded, the old one stays error=%r", str(error))
+        except Exception as error:
+            log.error("configuration not reloaded, by a defect; the old one stays", exc_info=error)
+        self._wakeups.wake()
+
+    def _apply(self) -> None:
+        assert self._load is not None
+        assert self._make is not None
+        new = self._load()
+        if not new.databases and not self._settings.socket.enabled:
+            raise ConfigError("no databases specified in configuration")
+        wanted = {os.path.realpath(item.path): item for item in new.databases}
+        same, gone = [], []
+        for member in self._store.members():
+            found = wanted.get(os.path.realpath(member.path))
+            if member.settings is not None and found == member.settings:
+                same.append(os.path.realpath(member.path))
+            elif member.settings is not None or found is not None:  # what was registered stays, unless the file has it now
+                gone.append(member)
+        fresh = [self._make(item) for path, item in wanted.items() if path not in same]  # all of them, or none
+        old, self._settings = self._settings, new.daemon
+        if (old.address, old.command, old.socket) != (new.daemon.address, new.daemon.command, new.daemon.socket):
+            log.warning("addr, exec and socket are those of the start; restart to change them")
+            self._settings = config.Daemon(
+                address=old.address,
+                command=old.command,
+                socket=old.socket,
+                shutdown_timeout_s=new.daemon.shutdown_timeout_s,
+                shutdown_interval_s=new.daemon.shutdown_interval_s,
+            )
+        self._store.exchange(gone, fresh, self._shutdown_timeout_s)
+        log.info("configuration reloaded unchanged=%d stopped=%d started=%d", len(same), len(gone), len(fresh))
+
+
+def run_once(members: Sequence[Member], options: Options, *, timeout_s: float) -> None:
+    """Store what is committed now, and stop. Errors are in the members, and logged."""
+    from replicator.store import at_once, stop_all
+
+    def store(member: Member) -> None:
+        member.start()
+        member.store(timeout_s, snapshot=options.force_snapshot, enforce_history=options.enforce_history)
+
+    at_once(store, members)
+    stop_all(members, timeout_s)

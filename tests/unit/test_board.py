@@ -1,0 +1,68 @@
+"""What the board tells of the loss window and of the moment up to which everything is stored."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from replicator.board import Board, LossWindow
+from replicator.errors import ReplicatorError
+from replicator.format.ltx import TXID
+
+
+class Stub(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def board(*replicas: Stub, **options: object) -> Board:
+    found = Board(Path("/d/a.db"), replicas, staging_limit_bytes=1 << 20, **options)  # type: ignore[arg-type]
+    found.begin([], TXID(0))
+    return found
+
+
+def entry(txid: int) -> Stub:
+    return Stub(txid=TXID(txid), memory_bytes=10, staged_bytes=0)
+
+
+def test_the_loss_window_begins_with_the_commit_and_counts_each_txid_once() -> None:
+    replica, slow = Stub(txid=TXID(0), online=True), Stub(txid=TXID(0), online=True)
+    found = board(replica, slow)
+    now = time.monotonic()
+    for txid in (1, 2, 3):
+        found.put(entry(txid), now - txid)  # type: ignore[arg-type]
+    replica.txid = TXID(2)
+    found.note_stored(replica)  # type: ignore[arg-type]
+    found.note_stored(replica)  # type: ignore[arg-type]
+    window = found.loss_window(replica)  # type: ignore[arg-type]
+    assert (window.count, window.total, round(window.p50_s), round(window.max_s)) == (2, 2, 1, 2)
+    assert found.loss_window(slow) == LossWindow()  # type: ignore[arg-type]
+    assert round(found.lag_s(slow)) == 3  # type: ignore[arg-type]
+    assert found.waiting() == (3, 30, 0)
+
+
+def test_synced_is_the_look_after_which_every_replica_had_everything() -> None:
+    replica, slow = Stub(txid=TXID(1), online=True), Stub(txid=TXID(0), online=True)
+    found = board(replica, slow)
+    found.answer(found.question(), TXID(1))
+    assert found.synced_at is None
+    slow.txid = TXID(1)
+    found.note_stored(slow)  # type: ignore[arg-type]
+    first = found.synced_at
+    assert first is not None
+    slow.online = False
+    found.answer(found.question(), TXID(1))
+    assert found.synced_at == first
+    slow.online = True
+    found.answer(found.question(), TXID(1))
+    assert found.synced_at is not None
+    assert found.synced_at > first
+
+
+def test_failure_is_told_once() -> None:
+    told: list[ReplicatorError] = []
+    found = board(Stub(txid=TXID(0), online=True), on_failure=told.append)
+    error = ReplicatorError("over")
+    found.fail(error)
+    found.fail(ReplicatorError("again"))
+    assert told == [error]

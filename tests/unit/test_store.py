@@ -1,0 +1,177 @@
+"""Members and their store, with a replicator that does nothing but fail or hang as it is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from replicator.api import Status
+from replicator.errors import DatabaseStateError, LineageMismatch, ReplicatorError, StorageUnavailable, WaitTimeout
+from replicator.format.ltx import TXID
+from replicator.store import Member, Prepared, Store, stop_all
+
+
+class Fake:
+    """Stands for a `Replicator`."""
+
+    def __init__(self, path: Path, *failures: Exception) -> None:
+        self.path, self.failures = path, list(failures)
+        self.state = "stopped"
+        self.hangs: threading.Event | None = None
+        self.close_error: ReplicatorError | None = None
+
+    def start(self) -> None:
+        if self.hangs is not None:
+            self.hangs.wait(20)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.state = "replicating"
+
+    def status(self) -> Status:
+        return Status(self.path, self.state, TXID(7), 0, 0, 0.0, None, ())  # type: ignore[arg-type]
+
+    def close(self, timeout_s: float, *, retry_interval_s: float) -> None:
+        self.state = "stopped"
+        if self.close_error is not None:
+            raise self.close_error
+
+
+def member(name: str, *failures: Exception) -> tuple[Member, list[Fake]]:
+    made: list[Fake] = []
+
+    def prepare() -> Prepared:
+        made.append(Fake(Path("/d") / name, *(failures if not made else ())))
+        return Prepared(made[-1], [])  # type: ignore[arg-type]
+
+    return Member(Path("/d") / name, prepare), made
+
+
+def until(store: Store, member: Member, state: str) -> None:
+    end = time.monotonic() + 10
+    while member.state != state:
+        assert time.monotonic() < end, member.state
+        store.wait_until_tried(0.01)
+        time.sleep(0.001)
+
+
+def mismatch() -> LineageMismatch:
+    return LineageMismatch("file:///r", expected="a", got="b")
+
+
+def test_one_that_hangs_or_fails_holds_up_nobody() -> None:
+    hanging, (stuck,) = member("hanging")
+    stuck.hangs = threading.Event()
+    failing, _ = member("failing", DatabaseStateError("not ready"))
+    good, _ = member("good")
+    store = Store([hanging, failing, good])
+    store.start()
+    until(store, good, "replicating")
+    assert not store.wait_until_tried(0)
+    stuck.hangs.set()
+    until(store, hanging, "replicating")
+    assert store.wait_until_tried(10)
+    assert (failing.state, str(failing.error)) == ("waiting", "not ready")
+    assert store.close(1) == {}
+    assert {good.state, hanging.state, failing.state} == {"stopped"}
+
+
+def test_what_fails_for_now_is_tried_again_and_what_fails_for_good_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.store.RETRY_S", 0.01)
+    later, _ = member("later", StorageUnavailable("away"), StorageUnavailable("away"))
+    never, made = member("never", mismatch())
+    store = Store([later, never])
+    store.start()
+    until(store, later, "replicating")
+    until(store, never, "failed")
+    assert not store.is_over
+    store.remove(later.path, 1)
+    assert store.is_over
+    assert never.start(again=True)
+    assert (never.state, never.error, len(made)) == ("replicating", None, 1)
+    store.close(1)
+
+
+def test_without_retry_one_try_is_all() -> None:
+    once, _ = member("once", StorageUnavailable("away"))
+    tried = threading.Event()
+    store = Store([once], retry=False, on_change=tried.set)
+    store.start()
+    assert tried.wait(10)
+    assert store.is_over
+    store.close(1)
+
+
+def test_start_and_stop_say_what_they_did() -> None:
+    found, made = member("a")
+    assert (found.start(), found.start(), found.state, found.txid) == (True, False, "replicating", 7)
+    assert (found.stop(1), found.stop(1), found.state, found.txid) == (True, False, "stopped", 7)
+    assert not found.start()  # nobody wants it
+    assert found.start(again=True)
+    assert len(made) == 2  # a replicator is used once
+    found.stop(1)
+
+
+def test_one_that_ended_for_good_can_be_started_anew() -> None:
+    found, made = member("a")
+    found.start()
+    made[0].state, made[0].close_error = "failed", mismatch()
+    assert found.state == "failed"
+    assert found.start(again=True)
+    assert (found.state, len(made)) == ("replicating", 2)
+    found.stop(1)
+
+
+def test_what_was_not_stored_is_returned_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    good, _ = member("good")
+    bad, (fake,) = member("bad")
+    fake.close_error = WaitTimeout("file:///r has TXID 1")
+    good.start()
+    bad.start()
+    with caplog.at_level(logging.ERROR):
+        errors = stop_all([good, bad], 1)
+    assert {path.name: str(error) for path, error in errors.items()} == {"bad": str(fake.close_error)}
+    assert "not everything was stored db=/d/bad" in caplog.text
+    assert bad.state == "stopped"
+
+
+def test_stopping_is_bounded_when_a_start_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.store.GRACE_S", 0.1)
+    hanging, (stuck,) = member("hanging")
+    stuck.hangs = threading.Event()
+    store = Store([hanging])
+    store.start()
+    began = time.monotonic()
+    errors = store.close(0.1)
+    assert time.monotonic() - began < 5
+    assert "is being started or stopped" in str(errors[hanging.path])
+    stuck.hangs.set()
+
+
+def test_registering_twice_and_after_the_end(tmp_path: Path) -> None:
+    store = Store()
+    first, _ = member("a")
+    assert store.add(first)
+    assert not store.add(member("a")[0])
+    assert store.get(Path("/d/x/../a")) is first
+    assert store.remove(Path("/d/a"), 1) is first
+    assert store.remove(Path("/d/a"), 1) is None
+    store.close(1)
+    with pytest.raises(DatabaseStateError, match="stopping"):
+        store.add(member("b")[0])
+
+
+def test_exchange_stops_before_it_starts() -> None:
+    old, _ = member("a")
+    new, _ = member("a")
+    store = Store([old])
+    store.start()
+    until(store, old, "replicating")
+    store.exchange([old], [new], 1)
+    assert old.state == "stopped"
+    until(store, new, "replicating")
+    assert store.members() == [new]
+    store.close(1)
