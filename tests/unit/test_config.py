@@ -61,7 +61,7 @@ def with_replica(keys: str) -> str:
 
 def test_the_smallest_file_has_the_engines_defaults() -> None:
     config = read("dbs:\n  - path: a.db\n    replica:\n      path: r\n")
-    settings = ReplicaSettings(kind="file", url="file:///srv/r", directory=Path("/srv/r"))
+    settings = ReplicaSettings(kind="file", url="file:///srv/r", directory=Path("/srv/r"), name="file")
     assert config.databases == (DatabaseSettings(path=Path("/srv/a.db"), replicas=(settings,)),)
     assert config.warnings == ()
     assert (config.logging.level, config.logging.stderr) == (None, False)
@@ -438,7 +438,7 @@ logging: {type: json}
     assert found.daemon == Daemon(
         address=("127.0.0.1", 9090),
         command=("sh", "-c", "sleep 1; exit 3"),
-        socket=Socket(True, Path("/work/run/s.sock"), 0o660),
+        socket=Socket(True, Path("/srv/run/s.sock"), 0o660),
         shutdown_timeout_s=10.0,
         shutdown_interval_s=0.1,
     )
