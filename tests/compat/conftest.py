@@ -60,6 +60,7 @@ def replicating03(program03: Path) -> Callable[[Path], contextlib.AbstractContex
                 yield
             finally:
                 process.terminate()
-                assert process.wait(30) == 0
+                # Stopped amid a request it ends with 1. What counts is what it has stored, which its own commands are asked about.
+                assert process.wait(30) in (0, 1)
 
     return replicating
