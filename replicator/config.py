@@ -96,7 +96,7 @@ class ReplicaSettings:
         sse_customer_key_path: a file whose text becomes `s3.sse_customer_key` when the client is made.
         sync_interval_s: least time between two uploads that nobody waits for; None for the engine's default.
         history: levels, snapshots and retention, the replica's own settings included.
-        name: what `-replica` calls it; its kind unless it was given one.
+        given_name: the key `name`; see the property.
         age_identities, age_recipients: not empty: what is stored there must be encrypted, or nothing may be stored.
     """
 
@@ -109,7 +109,12 @@ class ReplicaSettings:
     history: History = field(default_factory=History)
     age_identities: tuple[str, ...] = field(default=(), repr=False)
     age_recipients: tuple[str, ...] = field(default=(), repr=False)
-    name: str = ""
+    given_name: str = ""
+
+    @property
+    def name(self) -> str:
+        """What `-replica` calls it."""
+        return self.given_name or self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -485,7 +490,7 @@ def _read_replica(table: Table, top: Table, history: History, environ: Mapping[s
         history=_own_history(table, history),
         age_identities=identities,
         age_recipients=recipients,
-        name=table.text("name") or kind,
+        given_name=table.text("name") or "",
     )
     if kind == "s3":
         s3, key_path = _read_s3(table, top, url, path)

@@ -7,8 +7,8 @@ The history is walked once, from the oldest moment that can be restored to the n
 * a WAL segment becomes a file of level 0 with the pages of the transactions that it finishes; none when it finishes none.
 
 **Times.** A restore of 0.3 data includes files of exactly the asked time, one of LTX files does not, and LTX times are whole milliseconds. So a
-file gets the last millisecond before its segment's time: for every time in whole milliseconds, and for the times of the segments themselves, both
-restore the same bytes. One small file of level 1, a copy of the last one, carries the time of the newest segment, so that it, too, lies inside the
+file gets the last millisecond before its segment's time: for every time in whole milliseconds both restore the same bytes, and for the times of the
+segments themselves, too, unless two lie in one millisecond. One small file of level 1, a copy of the last one, carries the time of the newest segment, so that it, too, lies inside the
 times that can be asked for.
 
 **A note** in the destination, `pyrepl/convert.json`, says that it is being filled and from where. With it a stopped run is taken up again: the

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,8 @@ def test_every_time_restores_as_it_does(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("command", ["generations", "snapshots", "wal"])
-def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.cli.generations.log_to", lambda *_: None)  # the stream ends with the test
     theirs = replica.run(command, "-config", str(replica.config), str(replica.database))
     assert main([command, "-config", str(replica.config), str(replica.database)]) == 0
     ours = capsys.readouterr().out
@@ -162,19 +164,24 @@ def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.Ca
     assert [line.rstrip() for line in ours.splitlines()] == [line.rstrip() for line in theirs.stdout.splitlines()]
 
 
+def apart(times: list[int]) -> list[int]:
+    """Those that are not followed by another one in the same millisecond, which LTX files cannot tell apart."""
+    return [first for first, second in pairwise([*times, 1 << 63]) if first // 10**6 != second // 10**6]
+
+
 def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: Path) -> None:
     target = open_client(replica.url.replace("v3/reading", "v3/ltx") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
     convert(replica.client, target)
     times = sorted({info.created_ns for item in replica.generations for info in item.files})
     checked = 0
-    for time_ns in sorted({edge // 10**6 * 10**6 + more for edge in times for more in (0, 10**6)} | {*times}):
+    for time_ns in sorted({edge // 10**6 * 10**6 + more for edge in times for more in (0, 10**6)} | {*apart(times)}):
         expected = replica.ours(timestamp=time_text(time_ns))
         if expected is None:
             continue
         replicator.restore(target, tmp_path / "out.db", timestamp=time_text(time_ns), force=True)
         assert (tmp_path / "out.db").read_bytes() == expected, time_text(time_ns)
         checked += 1
-    assert checked >= len(times) - 2  # between generations there is none
+    assert checked >= len(apart(times)) - 2  # between generations there is none
 
 
 def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path
     restore(url, tmp_path / "latest.db")
     assert (tmp_path / "latest.db").read_bytes() == replica.ours()
     times = sorted({info.created_ns for item in replica.generations for info in item.files})
-    for number, time_ns in enumerate(times[::3]):
+    for number, time_ns in enumerate(apart(times)[::3]):
         expected = replica.ours(timestamp=time_text(time_ns))
         if expected is not None:
             out = tmp_path / f"{number}.db"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,16 @@ FIRST: list[Transaction] = [({2: 1, 3: 1}, 4), ({2: 3}, 4)]
 SECOND: list[Transaction] = [({4: 4}, 4)]
 OBJECTS = replica(DATABASE, [wal(FIRST, salt=1), wal(SECOND, salt=2)], [[32 + 2 * FRAME], []])
 SECOND_OFFSET = 32 + 2 * FRAME
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """Commands log to a stream that ends with the test."""
+    log = logging.getLogger("replicator")
+    handlers, level = log.handlers[:], log.level
+    yield
+    log.handlers[:] = handlers
+    log.setLevel(level)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def with_replica(keys: str) -> str:
 
 def test_the_smallest_file_has_the_engines_defaults() -> None:
     config = read("dbs:\n  - path: a.db\n    replica:\n      path: r\n")
-    settings = ReplicaSettings(kind="file", url="file:///srv/r", directory=Path("/srv/r"), name="file")
+    settings = ReplicaSettings(kind="file", url="file:///srv/r", directory=Path("/srv/r"))
     assert config.databases == (DatabaseSettings(path=Path("/srv/a.db"), replicas=(settings,)),)
     assert config.warnings == ()
     assert (config.logging.level, config.logging.stderr) == (None, False)
