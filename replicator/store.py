@@ -29,7 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from replicator.api import Replicator, restore
+from replicator.api import ReplicaStatus, Replicator, restore
 from replicator.errors import (
     ConfigError,
     DatabaseStateError,
@@ -65,6 +65,11 @@ class Prepared:
     clients: Sequence[ReplicaClient]
 
 
+def _place(replica: ReplicaStatus) -> str:
+    """Where a replica is, for the log: a position in format v0.3, where TXIDs only count within this process."""
+    return f"position={replica.position}" if replica.position else f"txid={replica.txid:016x}"
+
+
 class Member:
     """One of the databases. Its methods may be called from any thread, and those that take time exclude each other."""
 
@@ -98,6 +103,7 @@ class Member:
         self._wanted = True
         self._failures = 0
         self._txid = TXID(0)
+        self._position = ""  # in format v0.3
         self._synced_at: datetime | None = None
         self._busy = threading.Lock()
 
@@ -170,7 +176,7 @@ class Member:
             self.error, self._begun, self._failures = None, True, 0
             log.info("initialized db path=%s", self.path)
             for replica in self._prepared.replicator.status().replicas:
-                log.info("replicating to type=%s url=%s txid=%016x", replica.kind, replica.url, replica.txid)
+                log.info("replicating to type=%s url=%s %s", replica.kind, replica.url, _place(replica))
             return True
 
     def _failed(self, error: Exception) -> None:
@@ -230,7 +236,11 @@ class Member:
             finally:
                 self.retry_at = 0.0
                 if begun:
-                    log.info("replication stopped path=%s txid=%016x", self.path, self._txid)
+                    log.info(
+                        "replication stopped path=%s %s",
+                        self.path,
+                        f"position={self._position}" if self._position else f"txid={self._txid:016x}",
+                    )
             return was_wanted
 
     def _end(self, timeout_s: float, *, retry_interval_s: float = 0.5) -> None:
@@ -247,6 +257,7 @@ class Member:
         finally:
             status = prepared.replicator.status()
             self._txid, self._synced_at, self._begun = max(self._txid, status.txid), status.synced_at, False
+            self._position = status.position
 
     @contextlib.contextmanager
     def _alone(self, timeout_s: float | None) -> Iterator[None]:
