@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -111,8 +112,9 @@ def replica(
         entry: dict[str, object] = {"path": f"{folder}/replica"}
     else:
         server: Server = request.getfixturevalue("seaweed")
-        url = server.url("v3/reading")
-        entry = {"type": "s3", **keys, "bucket": "bucket", "path": "v3/reading", "endpoint": server.endpoint, "region": "us-east-1"}
+        path = f"v3/reading-{uuid.uuid4().hex}"  # the fixture may be made again for tests that another worker gave up
+        url = server.url(path)
+        entry = {"type": "s3", **keys, "bucket": "bucket", "path": path, "endpoint": server.endpoint, "region": "us-east-1"}
     database, config = folder / "source.db", folder / "litestream.yml"
     settings = {"sync-interval": "50ms", "snapshot-interval": "400ms"}
     options = {"monitor-interval": "50ms", "min-checkpoint-page-count": 30}
@@ -170,7 +172,7 @@ def apart(times: list[int]) -> list[int]:
 
 
 def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: Path) -> None:
-    target = open_client(replica.url.replace("v3/reading", "v3/ltx") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
+    target = open_client(replica.url.replace("v3/reading", f"v3/{tmp_path.name}") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
     convert(replica.client, target)
     times = sorted({info.created_ns for item in replica.generations for info in item.files})
     checked = 0
