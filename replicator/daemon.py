@@ -212,6 +212,7 @@ class Daemon:
         self._child: Child | None = None
         self._reloading: threading.Thread | None = None
         self._reload_again = False
+        self._reload_runs = False
 
     def run(self) -> int:
         """Replicate; returns the exit code.
@@ -280,8 +281,8 @@ class Daemon:
                     self._reload_again = True
                 elif number and self._child is not None:
                     self._child.send(number)
-            if self._reload_again and (self._reloading is None or not self._reloading.is_alive()):
-                self._reload_again = False
+            if self._reload_again and not self._reload_runs:
+                self._reload_again, self._reload_runs = False, True
                 self._reloading = threading.Thread(target=self._reload, name="pyrepl reload", daemon=True)
                 self._reloading.start()
 
@@ -326,6 +327,8 @@ class Daemon:
             log.error("configuration not reloaded, the old one stays error=%r", str(error))
         except Exception as error:
             log.error("configuration not reloaded, by a defect; the old one stays", exc_info=error)
+        # Before waking: whoever asked again meanwhile is looked at now. (A thread that has woken others may still count as alive.)
+        self._reload_runs = False
         self._wakeups.wake()
 
     def _apply(self) -> None:
