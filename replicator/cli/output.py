@@ -16,7 +16,7 @@ from replicator.cli.parse import UsageError
 if TYPE_CHECKING:
     from replicator.chain import Progress
 
-__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Bar", "fail", "kind_of", "log_to", "redacted", "table", "time_text"]
+__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Bar", "fail", "log_to", "redacted", "table", "time_text"]
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -79,12 +79,6 @@ def redacted(url: str) -> str:
     from replicator.storage.url import redact
 
     return redact(url)
-
-
-def kind_of(url: str) -> str:
-    from replicator.storage.url import scheme
-
-    return scheme(url) or "file"
 
 
 class Lines(logging.Formatter):
