@@ -2,14 +2,14 @@
 
 The history is walked once, from the oldest moment that can be restored to the newest (`v3plan.timeline`). Each step is a TXID:
 
-* a 0.3 snapshot becomes a file of level 9, the full image that a restore of its time gives. Where it differs from what came before, as at the
-  beginning of another generation, the pages that differ are a file of level 0;
+* a 0.3 snapshot becomes a file of level 9, the full image that a restore of its time gives, unless nothing changed since the one before. Where
+  it differs from what came before, as at the beginning of another generation, the pages that differ are a file of level 0;
 * a WAL segment becomes a file of level 0 with the pages of the transactions that it finishes; none when it finishes none.
 
 **Times.** A restore of 0.3 data includes files of exactly the asked time, one of LTX files does not, and LTX times are whole milliseconds. So a
 file gets the last millisecond before its segment's time: for every time in whole milliseconds both restore the same bytes, and for the times of the
-segments themselves, too, unless two lie in one millisecond. One small file of level 1, a copy of the last one, carries the time of the newest segment, so that it, too, lies inside the
-times that can be asked for.
+segments themselves, too, unless two lie in one millisecond. One small file of level 1, a copy of the last one, carries the time of the newest
+segment, so that it, too, lies inside the times that can be asked for.
 
 **A note** in the destination, `pyrepl/convert.json`, says that it is being filled and from where. With it a stopped run is taken up again: the
 files are the same bytes each time, so what is there is compared and not sent again. It is deleted at the end. Without a note, a destination that
@@ -181,6 +181,7 @@ class _States:
         self._url, self._folder = url, folder
         self._image: _Image | None = None
         self._last: tuple[Header, list[int] | None] | None = None
+        self._imaged = TXID(0)
 
     def __enter__(self) -> _States:
         return self
@@ -219,7 +220,9 @@ class _States:
         finally:
             if old is not None:
                 old.close()
-        writer.put(SNAPSHOT_LEVEL, self._header(timestamp_ms, TXID(1), writer.txid), image.pages(image.pgnos()))
+        if writer.txid > self._imaged:  # a snapshot of what did not change since the last one has its name, and adds nothing
+            writer.put(SNAPSHOT_LEVEL, self._header(timestamp_ms, TXID(1), writer.txid), image.pages(image.pgnos()))
+            self._imaged = writer.txid
 
     def _write_changes(self, pgnos: Iterable[int], timestamp_ms: int, writer: _Writer) -> None:
         image = self._image

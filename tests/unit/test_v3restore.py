@@ -24,7 +24,7 @@ from replicator.errors import (
     ReplicaStateError,
     StorageUnavailable,
 )
-from replicator.format.v3 import SegmentInfo, encode_frame, time_of
+from replicator.format.v3 import SegmentInfo, encode_frame, snapshot_name, snapshots_folder, time_of
 from replicator.replay import Replay
 from replicator.restores import planned_generations
 from replicator.storage.base import ReadStream
@@ -299,6 +299,18 @@ def test_a_conversion_that_was_stopped_is_taken_up_again() -> None:
         target.get_control(NOTE)
     with pytest.raises(ReplicaStateError, match="destination is not empty"):
         convert(store(OBJECTS), target)
+
+
+def test_a_second_snapshot_of_the_same_state_adds_no_file(tmp_path: Path) -> None:
+    """As at the start of 0.3.13 with a database that nobody writes to: its name, by the same TXID, is there already."""
+    folder, state = snapshots_folder(GENERATION), apply(apply(DATABASE, FIRST), SECOND)
+    objects = {**OBJECTS, **{f"{folder}/{snapshot_name(number)}": encode_frame(state) for number in (2, 3)}}
+    target = MemoryClient()
+    made = convert(store(objects), target)
+    assert [(info.min_txid, info.max_txid) for info in target.list(9)] == [(1, 1), (1, made.txid)]
+    for moment in (None, made.newest.isoformat()):
+        replicator.restore(target, tmp_path / "out.db", timestamp=moment, force=True)
+        assert (tmp_path / "out.db").read_bytes() == state
 
 
 def test_a_destination_of_another_conversion_is_refused() -> None:
