@@ -112,7 +112,7 @@ def test_create_if_absent_has_one_winner(client: ReplicaClient, kind: str) -> No
 
     with ThreadPoolExecutor(20) as pool:
         won = list(pool.map(attempt, range(20)))
-    if kind.endswith("rclone"):  # it ignores conditions, and the probe says so; of twenty writers at once it may keep a file that it can't read
+    if kind.endswith("rclone"):  # it ignores conditions, as the probe says, and may keep a file that it can't read
         assert all(won)
         return
     assert sum(won) == 1
