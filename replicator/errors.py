@@ -21,7 +21,7 @@
         NoBackups            (url) nothing is stored there
         GenerationNotAvailable (url, generation) nothing of that generation, of the 0.3 format
         TXIDNotAvailable     (txid, available)
-        TimestampNotAvailable (timestamp, oldest, newest, gap)
+        TimestampNotAvailable (timestamp, oldest, newest)
       SnapshotNotAvailable (generation, reason) of the 0.3 format
       MissingSegment       (name, reason) WAL of the 0.3 format is not stored
         NonContiguous        (have, next) a gap in the chain
@@ -263,19 +263,11 @@ class TXIDNotAvailable(RestoreError):
 
 
 class TimestampNotAvailable(RestoreError):
-    """The asked time lies outside the stored range. None for `oldest` and `newest`: no time can be restored.
+    """The asked time lies outside the stored range. None for `oldest` and `newest`: no time can be restored."""
 
-    `gap`: the time lies between two generations of the 0.3 format, which end and begin then (RFC 3339).
-    """
-
-    def __init__(
-        self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None, gap: tuple[str, str] | None = None
-    ) -> None:
-        self.timestamp, self.oldest, self.newest, self.gap = timestamp, oldest, newest, gap
-        if gap:
-            held = f"nothing is stored between {gap[0]} and {gap[1]}, when a new generation begins"
-            hint = f"-timestamp {gap[0]} restores the last state before it"
-        elif oldest and newest:
+    def __init__(self, timestamp: datetime, *, oldest: datetime | None, newest: datetime | None) -> None:
+        self.timestamp, self.oldest, self.newest = timestamp, oldest, newest
+        if oldest and newest:
             held = f"stored: {oldest.isoformat()} to {newest.isoformat()}"
             hint = "choose a time later than the oldest, and not later than the newest: it restores the last state before it"
         else:

@@ -3,8 +3,9 @@
 There are two sets of rules, each that of the release whose data the replica is:
 
 **A replica with 0.3 data only** is restored as 0.3.13 does it. Of the generations (all, or the one that was named) whose first and last file
-enclose the time, the one with the newest file; without a time, the one with the newest file of all. In it the snapshot that was created last, at
-or before the time; by index, the highest that is not above it. Then segments in order of index and offset, up to the first that is newer than the
+enclose the time, the one with the newest file; without a time, the one with the newest file of all. Between two generations, where 0.3.13
+finds nothing, the end of the earlier one is the newest state that is not later than the time, as it is for 0.5.17. In the generation the
+snapshot that was created last, at or before the time; by index, the highest that is not above it. Then segments in order of index and offset, up to the first that is newer than the
 time or has a higher index: they are not skipped one by one, because times can be out of order. The snapshot's own index is always replayed from
 its beginning; lower ones are of no use.
 
@@ -12,7 +13,8 @@ its beginning; lower ones are of no use.
 
 A time includes the files of exactly that time (LTX files must be strictly older). Times count in nanoseconds.
 
-Two things differ from the releases: what is missing is named instead of skipped, and segments below the snapshot's index are not looked at.
+Elsewhere two things differ from the releases: what is missing is named instead of skipped, and segments below the snapshot's index are not
+looked at.
 
 Source: specification of 0.3, sections 11 and 17; of 0.5, sections 2.5 and 2.7.
 """
@@ -27,7 +29,7 @@ from typing import Literal
 
 from replicator.errors import GenerationNotAvailable, MissingSegment, NoBackups, SnapshotNotAvailable, TimestampNotAvailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, FileInfo
-from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info, time_of, time_text
+from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info, time_of
 
 __all__ = ["Generation", "Step", "V3Plan", "choose_format", "plan_beside_ltx", "plan_generation", "plan_v3", "timeline"]
 
@@ -92,7 +94,7 @@ def plan_v3(
         url: of the replica, for messages.
         generation: look at this one only.
         index: apply WAL files up to this one. One that is higher than all means all.
-        timestamp_ns: restore the state that was stored at this time.
+        timestamp_ns: restore the newest state that was stored at or before this time, which must not lie outside what is stored.
 
     Raises:
         NoBackups: nothing is stored.
@@ -105,13 +107,20 @@ def plan_v3(
         generations = [item for item in generations if item.name == generation]
     if not generations:
         raise NoBackups(url) if generation is None else GenerationNotAvailable(url, generation)
+    return plan_generation(_generation_at(generations, timestamp_ns), index=index, timestamp_ns=timestamp_ns)
+
+
+def _generation_at(generations: Sequence[Generation], timestamp_ns: int | None) -> Generation:
     spans = [(item.newest_ns, item.oldest_ns, item) for item in generations]
     fitting = [(newest, item) for newest, oldest, item in spans if timestamp_ns is None or oldest <= timestamp_ns <= newest]
     if not fitting:
         assert timestamp_ns is not None
-        raise _no_such_time(timestamp_ns, [(oldest, newest) for newest, oldest, _ in spans])
-    chosen = max(fitting, key=lambda pair: pair[0])[1]
-    return plan_generation(chosen, index=index, timestamp_ns=timestamp_ns)
+        first, last = min(oldest for _, oldest, _ in spans), max(newest for newest, _, _ in spans)
+        if not first <= timestamp_ns <= last:
+            raise TimestampNotAvailable(time_of(timestamp_ns), oldest=time_of(first), newest=time_of(last))
+        ended = [(newest, item) for newest, _, item in spans if newest < timestamp_ns]
+        fitting = [pair for pair in ended if pair[1].snapshots] or ended
+    return max(fitting, key=lambda pair: pair[0])[1]
 
 
 def plan_generation(generation: Generation, *, index: int | None = None, timestamp_ns: int | None = None) -> V3Plan:
@@ -183,8 +192,7 @@ class Step:
 def timeline(generations: Sequence[Generation]) -> list[Step]:
     """Return the steps through all states that `plan_v3` restores by time, oldest first.
 
-    Carried out up to the last one whose time is not after T, they give what the plan for T gives, for every T that it restores. At the times
-    between generations, which it refuses, the end of the earlier one stays.
+    Carried out up to the last one whose time is not after T, they give what the plan for T gives, for every T that it restores.
 
     Raises:
         MissingSegment: part of a WAL file is not there.
@@ -246,13 +254,3 @@ def _joined(snapshot: SnapshotInfo, visible: Iterable[SegmentInfo]) -> tuple[Seg
             raise MissingSegment(SegmentInfo(info.generation, expected, 0, 0, 0).name, "the beginning of the WAL file")
         expected = info.index + 1
     return segments
-
-
-def _no_such_time(timestamp_ns: int, spans: Sequence[tuple[int, int]]) -> TimestampNotAvailable:
-    oldest, newest = min(first for first, _ in spans), max(last for _, last in spans)
-    gap: tuple[str, str] | None = None
-    if oldest < timestamp_ns < newest:
-        ends = sorted(last for _, last in spans)
-        begins = min(first for first, _ in spans if first > timestamp_ns)
-        gap = time_text(ends[bisect_right(ends, timestamp_ns) - 1]), time_text(begins)
-    return TimestampNotAvailable(time_of(timestamp_ns), oldest=time_of(oldest), newest=time_of(newest), gap=gap)

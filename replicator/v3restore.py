@@ -14,7 +14,7 @@ from pathlib import Path
 from replicator.chain import READ_BYTES, RETRY_DELAYS_S, SMALL_FILE_BYTES, Progress, list_files
 from replicator.errors import AccessDenied, ConfigError, RestoreError, StorageError, StorageUnavailable, TimestampNotAvailable
 from replicator.format.ltx import TXID, FileInfo
-from replicator.format.v3 import SnapshotInfo, V3Info, time_of
+from replicator.format.v3 import SnapshotInfo, V3Info, time_of, time_text
 from replicator.publish import IntegrityCheck, restore_into
 from replicator.replay import Replay
 from replicator.restorer import RestoreResult, find_plan, plan_files, write_plan
@@ -80,7 +80,13 @@ def find_any_plan(
     if not generations:
         return plan_files(client.url, files, timestamp=timestamp)
     if not ltx:
-        return plan_v3(client.url, generations, timestamp_ns=timestamp_ns)
+        plan = plan_v3(client.url, generations, timestamp_ns=timestamp_ns)
+        end_ns = next(item.newest_ns for item in generations if item.name == plan.generation)
+        if timestamp_ns is not None and end_ns < timestamp_ns:
+            log.info(
+                "between two generations, restored is the end of the earlier one generation=%s end=%s", plan.generation, time_text(end_ns)
+            )
+        return plan
     if timestamp_ns is not None:
         oldest = min(*ltx, *(time_of(item.oldest_ns) for item in generations))
         newest = max(*ltx, *(time_of(item.newest_ns) for item in generations))

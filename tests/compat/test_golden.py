@@ -23,10 +23,11 @@ def cases() -> list[Any]:
     found = []
     for manifest in sorted(GOLDEN.glob("*/*/manifest.json")):
         document = json.loads(manifest.read_text())
-        # `cross_restores`: what 0.5.17 makes of a replica of 0.3.13. Where 0.3.13 itself refuses (a time between two generations), so do we.
-        refused = [state["select"] for state in document["states"] if state["expect"] == "error"]
-        cross = [state for state in document.get("cross_restores", []) if state["select"] not in refused]
-        for state in [*document["states"], *cross]:
+        # `cross_restores`: what 0.5.17 makes of a replica of 0.3.13. What it restores, and 0.3.13 refuses, is restored (a time between two generations).
+        cross = document.get("cross_restores", [])
+        restored = [state["select"] for state in cross if state["expect"] == "ok"]
+        own = [state for state in document["states"] if state["expect"] == "ok" or state["select"] not in restored]
+        for state in [*own, *cross]:
             name = f"{manifest.parts[-3]}-{manifest.parent.name}-{state['name']}-{state.get('restored_with', 'own')}"
             found.append(pytest.param(manifest.parent, document, state, id=name))
     return found
@@ -56,7 +57,10 @@ def copied(folder: Path, document: dict[str, Any], replica: Path) -> Path:
 
 
 def test_there_are_golden_states() -> None:
-    assert len(cases()) > 150
+    """All but one: both releases are asked for a time between two generations, and only one can be followed."""
+    documents = [json.loads(manifest.read_text()) for manifest in GOLDEN.glob("*/*/manifest.json")]
+    states = [state for document in documents for state in [*document["states"], *document.get("cross_restores", [])]]
+    assert len(cases()) == len(states) - 1 > 150
 
 
 def test_a_wrong_age_key_is_not_damage(tmp_path: Path) -> None:

@@ -100,6 +100,26 @@ def test_a_dry_run_shows_format_generation_and_files(source: Path, capsys: pytes
     assert not Path("/nowhere").exists()
 
 
+def test_between_generations_the_end_of_the_earlier_one_is_restored(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = "ffee000000000000"
+    for number, name in enumerate(replica(DATABASE, [wal(SECOND, salt=7)], [[]])):
+        path = source / name.replace(GENERATION, later)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(OBJECTS[name])
+        os.utime(path, ns=((START_S + 100 + number) * 10**9,) * 2)
+    between = ("-timestamp", "2023-11-14T22:14:00Z")
+    code, out, err = run(capsys, "restore", "-o", tmp_path / "out.db", *between, source)
+    assert (code, err) == (0, "")
+    assert f'msg="between two generations, restored is the end of the earlier one" generation={GENERATION} end=2023-11-14T22:13:23Z' in out
+    assert (tmp_path / "out.db").read_bytes() == apply(apply(DATABASE, FIRST), SECOND)
+    code, out, _ = run(capsys, "restore", "-dry-run", "-json", "-o", "/nowhere/x.db", *between, source)
+    assert (code, json.loads(out)["generation"], json.loads(out)["max_index"]) == (0, GENERATION, "00000001")
+    code, _, err = run(capsys, "restore", "-o", tmp_path / "no.db", *between, "-generation", later, source)
+    assert (code, "timestamp does not exist" in err) == (1, True)
+
+
 def test_a_dry_run_says_ltx_where_ltx_is_chosen(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "convert", source, tmp_path / "ltx")[0] == 0
     code, out, _ = run(capsys, "restore", "-dry-run", "-o", "/nowhere/x.db", tmp_path / "ltx")
