@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
 import time
 import uuid
 from collections.abc import Callable
@@ -19,17 +18,17 @@ import pytest
 import replicator
 from replicator.cli import main
 from replicator.convert import convert
-from replicator.errors import ReplicatorError
-from replicator.format.v3 import time_text
+from replicator.errors import MissingSegment, ReplicatorError
+from replicator.format.v3 import encode_frame, time_text
 from replicator.storage import open_client
 from replicator.storage.v3 import V3Client, v3_client
 from replicator.v3plan import Generation
 from replicator.v3restore import list_generations
 from tests.compat.litestream import litestream, restore
+from tests.compat.litestream03 import litestream03, replicating03
 from tests.servers import ACCESS, SECRET, Server
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Replicating = Callable[[Path], contextlib.AbstractContextManager[None]]
+from tests.v3data import page, segment, wal
+from tests.v3data import replica as replica_of
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -39,7 +38,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def write_history(replicating: Replicating, config: Path, database: Path, v3: V3Client) -> None:
+def write_history(config: Path, database: Path, v3: V3Client) -> None:
     """Two generations; in the first several indexes and snapshots, a shrinking database, and a large transaction."""
 
     def files() -> int:
@@ -55,7 +54,7 @@ def write_history(replicating: Replicating, config: Path, database: Path, v3: V3
     for part in range(2):
         connection = sqlite3.connect(database)
         connection.execute("PRAGMA journal_mode=WAL")
-        with replicating(config):
+        with replicating03(config):
             change(f"CREATE TABLE t{part} (a INTEGER PRIMARY KEY, b BLOB)")
             for number in range(4):
                 change(f"INSERT INTO t{part} (b) SELECT randomblob(900) FROM (VALUES (1),(2),(3),(4),(5),(6)), (VALUES (1),(2),({number}))")
@@ -72,8 +71,8 @@ def write_history(replicating: Replicating, config: Path, database: Path, v3: V3
 class Replica:
     """A replica that 0.3.13 wrote, with the ways to ask both."""
 
-    def __init__(self, run: Run, url: str, config: Path, database: Path) -> None:
-        self.run, self.url, self.config, self.database = run, url, config, database
+    def __init__(self, url: str, config: Path, database: Path) -> None:
+        self.url, self.config, self.database = url, config, database
         self.client = open_client(url)
         v3 = v3_client(self.client)
         assert v3 is not None
@@ -88,7 +87,7 @@ class Replica:
         out = self.config.parent / "theirs.db"
         for path in self.config.parent.glob("theirs.db*"):
             path.unlink()
-        done = self.run("restore", "-config", str(self.config), "-o", str(out), *flags, str(self.database))
+        done = litestream03("restore", "-config", str(self.config), "-o", str(out), *flags, str(self.database))
         assert done.returncode in (0, 1)
         return None if done.returncode else out.read_bytes()
 
@@ -102,9 +101,7 @@ class Replica:
 
 
 @pytest.fixture(scope="module", params=["file", "seaweed"])
-def replica(
-    request: pytest.FixtureRequest, replicating03: Replicating, litestream03: Run, tmp_path_factory: pytest.TempPathFactory
-) -> Replica:
+def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Replica:
     folder = tmp_path_factory.mktemp("v3")
     keys = {"access-key-id": ACCESS, "secret-access-key": SECRET}
     if request.param == "file":
@@ -122,8 +119,8 @@ def replica(
     with pytest.MonkeyPatch.context() as patch:  # the fixture for it lives as long as one test
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        made = Replica(litestream03, url, config, database)
-        write_history(replicating03, config, database, made.v3)
+        made = Replica(url, config, database)
+        write_history(config, database, made.v3)
     return made
 
 
@@ -161,7 +158,7 @@ def test_every_time_restores_as_it_does(replica: Replica) -> None:
 @pytest.mark.parametrize("command", ["generations", "snapshots", "wal"])
 def test_listings_are_the_same(replica: Replica, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.cli.generations.log_to", lambda *_: None)  # the stream ends with the test
-    theirs = replica.run(command, "-config", str(replica.config), str(replica.database))
+    theirs = litestream03(command, "-config", str(replica.config), str(replica.database))
     assert main([command, "-config", str(replica.config), str(replica.database)]) == 0
     ours = capsys.readouterr().out
     assert len(ours.splitlines()) > 1
@@ -218,6 +215,23 @@ def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> 
         assert done.returncode in (0, 1)
         assert ours.exists() == theirs.exists() == (done.returncode == 0)
         assert not ours.exists() or ours.read_bytes() == theirs.read_bytes()
+
+
+def test_segments_beyond_four_gib_are_no_segments_for_it(tmp_path: Path) -> None:
+    """It would write them, with nine digits, and then not see them: its restore is an older state, with exit code 0. Ours names what is missing."""
+    history = [wal([({2: 1}, 2)], salt=1)]
+    near, far = segment(0, 0), segment(0, (1 << 32) + 32)
+    for name, data in {**replica_of(page(1, 0) + page(2, 0), history, [[]]), far: encode_frame(b"x")}.items():
+        path = tmp_path / "replica" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    listed = litestream03("wal", f"file://{tmp_path}/replica").stdout.splitlines()
+    assert [line.split()[2:4] for line in listed[1:]] == [["0", "0"]]
+    with pytest.raises(MissingSegment, match=f"00000000_{len(history[0]):08x}.* begins at 100000020"):
+        replicator.restore(f"file://{tmp_path}/replica", tmp_path / "out.db")
+    (tmp_path / "replica" / near).unlink()
+    theirs = litestream("restore", "-o", str(tmp_path / "theirs.db"), f"file://{tmp_path}/replica")
+    assert (theirs.returncode, "missing WAL segment" in theirs.stderr) == (1, True), theirs.stderr  # the next release sees it
 
 
 def test_a_hole_that_it_restores_to_damage_is_refused(replica: Replica, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,9 @@ def test_what_is_stored_must_be_whole_to_be_continued(tmp_path: Path, database: 
 
 
 def test_it_continues_the_path_and_we_continue_after_it(tmp_path: Path, database: Path, local: str) -> None:
-    running = contextmanager(replicating03)
+    config = tmp_path / "litestream03.yml"
+    replica = {"url": local, "sync-interval": "50ms"}
+    config.write_text(json.dumps({"dbs": [{"path": str(database), "monitor-interval": "50ms", "replicas": [replica]}]}))
     application = connect(database)
     for _ in range(2):
         insert(application, 30)
@@ -204,7 +207,7 @@ def test_it_continues_the_path_and_we_continue_after_it(tmp_path: Path, database
             engine.wait(timeout_s=TIMEOUT_S)
         assert restore03(local, tmp_path / "theirs.db") == checkpointed_bytes(database, tmp_path)
         ours = generations(local)[-1]
-        with running(database, local, tmp_path) as process:
+        with replicating03(config) as process:
             insert(application, 30)
             until(lambda ours=ours: process.poll() is None and generations(local)[-1] != ours)
         insert(application, 3)
