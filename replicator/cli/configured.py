@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from replicator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from replicator.config import Config, DatabaseSettings
+    from replicator.config import Config, DatabaseSettings, ReplicaSettings
     from replicator.storage.base import ReplicaClient
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "CONFIG_OPTIONS",
     "CONFIG_SWITCHES",
     "Source",
+    "chosen",
     "configured_database",
     "find_source",
     "home",
@@ -35,11 +37,12 @@ log = logging.getLogger("replicator.cli")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a command reads: replicas, the preferred one first, their names, and the database when it was named by its path."""
+    """Where a command reads: replicas, the preferred one first, their names, and the database and settings when it was named by its path."""
 
     clients: tuple[ReplicaClient, ...]
     names: tuple[str, ...]
     database: Path | None
+    settings: tuple[ReplicaSettings, ...] = ()
 
 
 def load_config(flags: dict[str, str]) -> Config:
@@ -88,7 +91,17 @@ def find_source(flags: dict[str, str], argument: str) -> Source:
     if "config" not in flags and os.path.isdir(argument):  # no database, hence a replica
         return _one(open_client(argument))
     settings = configured_database(flags, argument)
-    return Source(tuple(open_replica(item) for item in settings.replicas), tuple(item.name for item in settings.replicas), settings.path)
+    replicas = tuple(settings.replicas)
+    return Source(tuple(open_replica(item) for item in replicas), tuple(item.name for item in replicas), settings.path, replicas)
+
+
+def chosen(source: Source, name: str | None) -> Sequence[int]:
+    """Return which of the replicas of a configured database are meant: that of this name, or all. Raises `ConfigError`."""
+    if name is None or source.database is None:
+        return range(len(source.clients))
+    if name not in source.names:
+        raise ConfigError(f"replica {name!r} not found for database {source.database}", hint=f"there are: {', '.join(source.names)}")
+    return [source.names.index(name)]
 
 
 def _one(client: ReplicaClient) -> Source:

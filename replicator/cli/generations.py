@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, Source, find_source
+from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, Source, chosen, find_source
 from replicator.cli.output import EXIT_FAILED, log_to, table, time_text
 from replicator.cli.parse import Command, UsageError
-from replicator.errors import ConfigError, StorageError
+from replicator.errors import StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,12 +108,7 @@ def _list(source: Source, flags: dict[str, str], header: list[str], rows: Callab
     """Print the table of all replicas, or of the one that was named. One that cannot be listed does not hide the others."""
     from replicator.storage.v3 import v3_client
 
-    wanted = flags.get("replica")
-    named = [*zip(source.names, source.clients, strict=True)]
-    if wanted is not None and source.database is not None:
-        named = [pair for pair in named if pair[0] == wanted]
-        if not named:
-            raise ConfigError(f"replica {wanted!r} not found for database {source.database}", hint=f"there are: {', '.join(source.names)}")
+    named = [(source.names[number], source.clients[number]) for number in chosen(source, flags.get("replica"))]
     found: Rows = []
     failure: StorageError | None = None
     for name, client in named:

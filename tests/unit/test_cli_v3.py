@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyrage
 import pytest
 
 from replicator.cli import main
 from replicator.cli.generations import lag_text
 from replicator.format.v3 import encode_frame
+from replicator.storage import open_client
+from replicator.storage.base import ObjectStore
 from replicator.storage.file import FileClient
 from tests.v3data import GENERATION, PAGE, Transaction, apply, page, replica, segment, wal
 
@@ -257,7 +260,7 @@ def test_convert_prints_what_it_made_and_refuses_a_second_time(source: Path, tmp
         (["{source}"], 2, "give the URL"),
         (["-generation", "x", "{source}", "{target}"], 2, "invalid value for -generation"),
         (["-generation", "f" * 16, "{source}", "{target}"], 1, "no matching backup files available"),
-        (["{target}", "{target}2"], 1, "no matching backup files available"),
+        (["file://{target}", "{target}2"], 1, "no matching backup files available"),
         (["-parallelism", "0", "{source}", "{target}"], 2, "invalid value for -parallelism"),
     ],
 )
@@ -268,6 +271,50 @@ def test_convert_refuses(
     got, _, err = run(capsys, "convert", *filled_in)
     assert (got, words in err) == (code, True), err
     assert not (tmp_path / "ltx").exists()
+
+
+def encrypted(folder: Path, *, keys: list[str], **more: object) -> tuple[Path, Path]:
+    """A database of a configuration with an encrypted replica; returns both their paths."""
+    identity = pyrage.x25519.Identity.generate()
+    age = {"identities": str(identity), "recipients": str(identity.to_public())}
+    client = open_client(f"file://{folder}/encrypted", age_recipients=[age["recipients"]])
+    assert isinstance(client, ObjectStore)
+    for name, data in OBJECTS.items():
+        client.put_object(name, data)
+    config, database = folder / "c.yml", folder / "app.db"
+    entry = {"path": str(folder / "encrypted"), "age": {key: [age[key]] for key in keys}}
+    config.write_text(json.dumps({"dbs": [{"path": str(database), "replicas": [entry, *more.values()]}]}))
+    return config, database
+
+
+def test_an_encrypted_replica_is_converted_with_the_keys_of_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, database = encrypted(tmp_path, keys=["identities", "recipients"])
+    code, out, _ = run(capsys, "convert", "-json", "-config", config, database, tmp_path / "ltx")
+    assert (code, json.loads(out)["destination"]) == (0, f"age+file://{tmp_path}/ltx")
+    stored = list((tmp_path / "ltx/age").rglob("*.age"))
+    assert len(stored) == 5
+    assert all(path.read_bytes().startswith(b"age-encryption.org/") for path in stored)
+    text = config.read_text().replace(f"{tmp_path}/encrypted", f"{tmp_path}/ltx")
+    config.write_text(text)
+    assert run(capsys, "restore", "-config", config, "-o", tmp_path / "out.db", database)[0] == 0
+    assert (tmp_path / "out.db").read_bytes() == apply(apply(DATABASE, FIRST), SECOND)
+
+
+def test_plain_text_is_made_of_an_encrypted_replica_when_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, database = encrypted(tmp_path, keys=["identities"], second={"path": str(tmp_path / "none"), "name": "second"})
+    for flags, words in (
+        ([], "choose with -replica: file, second"),
+        (["-replica", "third"], "replica 'third' not found"),
+        (["-replica", "file"], "no keys to encrypt the destination to"),
+    ):
+        code, _, err = run(capsys, "convert", *flags, "-config", config, database, tmp_path / "ltx")
+        assert (code, words in err) == (1, True), err
+        assert "AGE-SECRET" not in err
+        assert not (tmp_path / "ltx").exists()
+    flags = ["-replica", "file", "-plaintext"]
+    assert run(capsys, "convert", *flags, "-config", config, database, tmp_path / "ltx")[0] == 0
+    assert run(capsys, "restore", "-o", tmp_path / "out.db", tmp_path / "ltx")[0] == 0
+    assert (tmp_path / "out.db").read_bytes() == apply(apply(DATABASE, FIRST), SECOND)
 
 
 def test_convert_goes_into_the_same_path(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
