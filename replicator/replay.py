@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -35,12 +36,13 @@ from replicator.format.wal import (
     newest_frames,
     scan_frames,
 )
+from replicator.tail import NO_WAL, WALPosition, start_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Replay", "decompressed"]
+__all__ = ["Replay", "Replayed", "decompressed"]
 
 WAITING_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
@@ -59,6 +61,16 @@ def decompressed(name: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
         raise CorruptReplica(name, str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The state that a file has: its size in pages, and the end of the last committed frame, in the WAL of `index`; no WAL when none has begun."""
+
+    page_size: int
+    commit: int
+    index: int
+    wal: WALPosition
+
+
 class Replay:
     """A file in which a database comes to be. `file` is its descriptor, for positioned writes; it begins empty.
 
@@ -74,6 +86,7 @@ class Replay:
         self._wal: _WAL | None = None
         self._rest = b""
         self._next_index = 0
+        self._end = NO_WAL
         self._salts: set[tuple[int, int]] = set()
         self.page_size = 0
         self.commit = 0
@@ -140,8 +153,8 @@ class Replay:
         if not size:
             raise CorruptReplica(name, "it holds nothing")
 
-    def finish(self) -> None:
-        """Bring the file to its final size. An unfinished transaction at the end is dropped, as SQLite does.
+    def finish(self) -> Replayed:
+        """Bring the file to its final size, and return its state. An unfinished transaction at the end is dropped, as SQLite does.
 
         Raises:
             CorruptReplica: nothing was stored, or the WAL ends inside a frame.
@@ -152,6 +165,7 @@ class Replay:
         self._trim()
         if not self.commit:
             raise CorruptReplica(self._url, "there is no committed state")
+        return Replayed(self.page_size, self.commit, self._next_index if self._wal is None else self._wal.index, self._end)
 
     def _end_index(self) -> None:
         """Check that the WAL file is complete, as far as can be known, before the next one begins."""
@@ -177,6 +191,7 @@ class Replay:
             if salts in self._salts:  # SQLite changes them at each restart
                 raise FormatError("the WAL of an earlier index again")
             self._salts.add(salts)
+            self._end = start_of(wal.header)
             self.page_size = wal.header.page_size
             self._rest = self._rest[WAL_HEADER_SIZE:]
         size = FRAME_HEADER_SIZE + self.page_size
@@ -193,6 +208,9 @@ class Replay:
             self._apply_waiting(wal)
             self._apply(data, frames.pgnos[:committed])
             self.commit = int(frames.commits[committed - 1])
+            start = wal.offset - len(self._rest) - whole
+            s0, s1 = frames.checksums[committed - 1].tolist()
+            self._end = WALPosition(self._end.salts, start + committed * size, (s0, s1))
         if committed < count:
             self._waiting.write(data[committed * size :])
             wal.waiting += count - committed

@@ -16,7 +16,7 @@ from replicator.errors import AccessDenied, ConfigError, RestoreError, StorageEr
 from replicator.format.ltx import TXID, FileInfo
 from replicator.format.v3 import SnapshotInfo, V3Info, time_of, time_text
 from replicator.publish import IntegrityCheck, restore_into
-from replicator.replay import Replay
+from replicator.replay import Replay, Replayed
 from replicator.restorer import RestoreResult, find_plan, plan_files, write_plan
 from replicator.restores import Announcement
 from replicator.storage.base import ReplicaClient
@@ -162,13 +162,13 @@ def restore_any(
         announcement.plan_generation(client.url, plan.generation, plan.snapshot.index)
         v3 = v3_client(client)
         assert v3 is not None
-        page_size, commit = write_v3(v3, plan, file, folder=output.parent, parallelism=parallelism, progress=progress)
+        state = write_v3(v3, plan, file, folder=output.parent, parallelism=parallelism, progress=progress)
         return RestoreResult(
             output=output,
             txid=TXID(0),
             timestamp=time_of(plan.newest_ns),
-            page_size=page_size,
-            commit=commit,
+            page_size=state.page_size,
+            commit=state.commit,
             files=len(plan.files),
             bytes_read=sum(info.size for info in plan.files),
             duration_s=time.monotonic() - started,
@@ -182,8 +182,8 @@ def restore_any(
 
 def write_v3(
     client: V3Client, plan: V3Plan, file: int, *, folder: Path, parallelism: int = 8, progress: Callable[[Progress], None] | None = None
-) -> tuple[int, int]:
-    """Write the state that a plan leads to into an empty file, given by its descriptor; return its page size and its size in pages.
+) -> Replayed:
+    """Write the state that a plan leads to into an empty file, given by its descriptor, and return which it is.
 
     Raises:
         CorruptReplica, MissingSegment: a file fails a check, or is not there; it is named.
@@ -197,8 +197,7 @@ def write_v3(
                 replay.snapshot(info, pieces)
             else:
                 replay.segment(info, pieces)
-        replay.finish()
-        return replay.page_size, replay.commit
+        return replay.finish()
 
 
 def stored_pieces(

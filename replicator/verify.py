@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Drill", "Verdict", "drill", "verify"]
+__all__ = ["Drill", "Finding", "Verdict", "drill", "is_running", "metadata_folder", "refuse_unusable", "room", "verify"]
 
 READ_BYTES = 1 << 20
 ATTEMPTS = 3
@@ -83,7 +83,7 @@ class Verdict:
     Attributes:
         finding: "agrees"; "behind": the replica is right, but lacks what was committed since; "differs": it does not hold what was
             replicated, or the database has pages that nobody replicated; "damaged": it cannot be restored, or not healthily.
-        txid: the state that was restored; 0 when none could be.
+        txid: the state that was restored; 0 when none could be, and for the 0.3 format, where `position` says it (see `v3verify`).
         pages: of that state.
         differing: pages of the database that are not those of the replica, `in_wal` those of them that are in the WAL and on their way.
         reason: for people; empty when all is well.
@@ -96,6 +96,7 @@ class Verdict:
     in_wal: int
     duration_s: float
     reason: str = ""
+    position: str = ""
 
     @property
     def is_ok(self) -> bool:
@@ -120,10 +121,7 @@ def drill(
         OSError: no room.
         RestoreError, StorageError: it does not come back; `IntegrityCheckFailed` when SQLite finds fault with it.
     """
-    if needs_bytes and shutil.disk_usage(folder).free < needs_bytes + DISK_RESERVE_BYTES:
-        raise OSError(errno.ENOSPC, "no room for a drill restore", str(folder))
-    with _temporary_folder(folder) as inside:
-        path = inside / "drill.db"
+    with room(folder, needs_bytes) as path:
         result = restore_database(client, path, txid=txid, integrity_check="quick" if quick else "full", progress=progress)
         with path.open("rb") as file:
             sums = _checksums(_chunks(file.fileno(), result.page_size), result.page_size, result.commit)
@@ -153,8 +151,8 @@ def verify(
     """
     started = time.monotonic()
     path = Path(os.path.realpath(path))
-    _refuse_unusable(path)
-    folder = (meta_path if meta_path is not None else path.with_name(f".{path.name}-litestream")) / "pyrepl"
+    refuse_unusable(path)
+    folder = metadata_folder(path, meta_path)
     verdict = None
     for attempt in range(ATTEMPTS):
         verdict = _compare(path, client, folder, quick, started + timeout_s, progress, started)
@@ -182,8 +180,8 @@ def _compare(
         state = PageTable.read_state(folder / "pages")
         wanted = state.txid if state is not None and state.txid else None
         try:
-            room = folder if folder.is_dir() else path.parent
-            found = drill(client, room, txid=wanted, quick=quick, needs_bytes=path.stat().st_size, progress=progress)
+            place = folder if folder.is_dir() else path.parent
+            found = drill(client, place, txid=wanted, quick=quick, needs_bytes=path.stat().st_size, progress=progress)
         except TXIDNotAvailable as error:
             if time.monotonic() < end:
                 time.sleep(POLL_S)  # the replica lags, or the state was merged away meanwhile
@@ -210,6 +208,11 @@ def _compare(
         text = f"{in_wal} pages were changed since TXID {found.txid:016x}, and no replicator is running"
         return verdict("behind", text, found, differing, in_wal)
     return verdict("agrees", "", found, differing, in_wal)
+
+
+def metadata_folder(path: Path, meta_path: Path | None) -> Path:
+    """Return where the engine's local state of a database is, or would be."""
+    return (meta_path if meta_path is not None else path.with_name(f".{path.name}-litestream")) / "pyrepl"
 
 
 def is_running(folder: Path) -> bool:
@@ -263,8 +266,8 @@ def _pages_since(database: Database, image: Image, state: TableState | None) -> 
     return {pgno for pgno, offset in image.overlay.items() if offset >= start}, False
 
 
-def _refuse_unusable(path: Path) -> None:
-    """Refuse what opening would change or cannot read."""
+def refuse_unusable(path: Path) -> None:
+    """Refuse a database that opening would change, or that cannot be read. Raises `DatabaseStateError`."""
     try:
         if path.is_dir():
             raise NotADatabase(path, "a directory")
@@ -298,6 +301,15 @@ def _chunks(file: int, page_size: int) -> Iterator[bytes]:
     while data := os.pread(file, size, at):
         at += len(data)
         yield data
+
+
+@contextlib.contextmanager
+def room(folder: Path, needs_bytes: int) -> Iterator[Path]:
+    """Yield a path to restore to, inside `folder`. What is there at the end is removed. Raises `OSError` when there is no room."""
+    if needs_bytes and shutil.disk_usage(folder).free < needs_bytes + DISK_RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, "no room for a drill restore", str(folder))
+    with _temporary_folder(folder) as inside:
+        yield inside / "drill.db"
 
 
 @contextlib.contextmanager

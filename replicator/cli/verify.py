@@ -25,19 +25,19 @@ def verify(flags: dict[str, str], arguments: list[str]) -> int:
     if check not in ("quick", "full"):
         raise UsageError(f"invalid value for -integrity-check: {check!r} (quick or full)")
     timeout_s = duration_flag(flags, "timeout", 30.0) or 0.0
-    from replicator.verify import verify as compare
+    from replicator.v3verify import verify_any
 
     path, meta_path, clients = _what(flags, arguments)
     documents, code = [], 0
     for client in clients:
         with Bar() as bar:
-            verdict = compare(path, client, meta_path=meta_path, quick=check == "quick", timeout_s=timeout_s, progress=bar.show)
+            verdict = verify_any(path, client, meta_path=meta_path, quick=check == "quick", timeout_s=timeout_s, progress=bar.show)
         documents.append(
             {
                 "db_path": str(path),
                 "replica": client.url,
                 "finding": verdict.finding,
-                "txid": f"{verdict.txid:016x}",
+                **({"format": "0.3", "position": verdict.position} if verdict.position else {"txid": f"{verdict.txid:016x}"}),
                 "pages": verdict.pages,
                 "pages_differing": verdict.differing,
                 "pages_in_wal": verdict.in_wal,
@@ -48,7 +48,9 @@ def verify(flags: dict[str, str], arguments: list[str]) -> int:
         )
         if flags.get("json") != "true" and verdict.is_ok:
             waiting = f", {verdict.in_wal} newer pages are in the WAL" if verdict.in_wal else ""
-            print(f"{client.url}: agrees at TXID {verdict.txid:016x} ({verdict.pages} pages, integrity ok{waiting})")
+            print(
+                f"{client.url}: agrees at {verdict.position or f'TXID {verdict.txid:016x}'} ({verdict.pages} pages, integrity ok{waiting})"
+            )
         if not verdict.is_ok:
             code = EXIT_FAILED
             fail(f"{client.url}: {verdict.finding}: {verdict.reason}", _hint(verdict.finding))

@@ -24,6 +24,7 @@ from replicator.storage import open_client
 from replicator.storage.v3 import V3Client, v3_client
 from replicator.v3plan import Generation
 from replicator.v3restore import list_generations
+from replicator.v3verify import verify_any
 from tests.compat.litestream import litestream, restore
 from tests.compat.litestream03 import litestream03, replicating03
 from tests.servers import ACCESS, SECRET, Server
@@ -198,6 +199,12 @@ def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path
             restore(url, out, "-timestamp", time_text(time_ns))
             assert out.read_bytes() == expected
             os.unlink(out)
+
+
+def test_verify_compares_its_replica_with_the_database(replica: Replica) -> None:
+    verdict = verify_any(replica.database, replica.client, timeout_s=1)
+    newest = max(replica.generations, key=lambda item: item.newest_ns)
+    assert (verdict.finding, verdict.position[:16]) == ("agrees", newest.name), verdict
 
 
 def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> None:
