@@ -46,7 +46,7 @@ from replicator.verify import Finding, Verdict, is_running, metadata_folder, ref
 
 __all__ = ["verify_any"]
 
-POLL_S = 0.25
+POLL_S = 0.5
 UNPINNED_TRIES = 2
 
 Plan = Callable[[str, Sequence[Generation]], V3Plan]

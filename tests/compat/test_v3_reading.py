@@ -10,7 +10,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -207,13 +207,14 @@ def test_verify_compares_its_replica_with_the_database(replica: Replica) -> None
     assert (verdict.finding, verdict.position[:16]) == ("agrees", newest.name), verdict
 
 
-def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> None:
+def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(__file__).parents[1] / "data/golden/mixed/upgrade-same-path"
     root, files = tmp_path / "replica", json.loads((folder / "manifest.json").read_text())["files"]
     shutil.copytree(folder / "replica", root)
     for file in files:
         os.utime(root / file["path"], ns=(file["mtime_ns"],) * 2)
     edges = sorted({file["mtime_ns"] // 10**6 for file in files})
+    shown = []
     for number, time_ms in enumerate(edge + more for edge in edges for more in (0, 1)):
         theirs, ours = tmp_path / f"{number}.theirs", tmp_path / f"{number}.ours"
         done = litestream("restore", "-timestamp", time_text(time_ms * 10**6), "-o", str(theirs), f"file://{root}")
@@ -221,7 +222,12 @@ def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path) -> 
             replicator.restore(f"file://{root}", ours, timestamp=time_text(time_ms * 10**6))
         assert done.returncode in (0, 1)
         assert ours.exists() == theirs.exists() == (done.returncode == 0)
-        assert not ours.exists() or ours.read_bytes() == theirs.read_bytes()
+        if not ours.exists():
+            continue
+        assert ours.read_bytes() == theirs.read_bytes()
+        main(["restore", "-dry-run", "-timestamp", time_text(time_ms * 10**6), "-o", str(theirs), f"file://{root}"])
+        shown += [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  format: ")]
+    assert [text for text, _ in groupby(shown)] == ["format: 0.3", "format: ltx"]  # one change, at the upgrade
 
 
 def test_segments_beyond_four_gib_are_no_segments_for_it(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def kill_rounds(folder: Path, rounds: int) -> None:
     assert left == []
 
 
-def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    kill_rounds(tmp_path, 10)
+def test_six_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 6)
 
 
 @pytest.mark.slow

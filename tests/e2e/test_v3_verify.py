@@ -16,9 +16,11 @@ import pytest
 
 import replicator.v3verify
 from replicator import Replicator
+from replicator.errors import AccessDenied
 from replicator.format.v3 import SnapshotInfo, encode_frame, parse_position
 from replicator.replay import Replayed
 from replicator.storage import open_client
+from replicator.storage.file import FileClient
 from replicator.storage.v3 import v3_client
 from replicator.v3chain import content_of
 from replicator.v3plan import plan_v3
@@ -147,6 +149,17 @@ def test_newer_ltx_files_are_what_is_compared(pair: Pair) -> None:
     insert(pair.application, 1)
     position = pair.replicate()
     assert (pair.verify().finding, pair.verify().position) == ("agrees", position)
+
+
+def test_a_key_that_may_not_list_generations_compares_the_ltx_files(tmp_path: Path, pair: Pair) -> None:
+    class Closed(FileClient):
+        def list_folders(self, folder: str) -> list[str]:
+            raise AccessDenied(f"{self.url}/{folder}")
+
+    pair.replicate()
+    pair.replicate(format="ltx")
+    verdict = verify_any(pair.path, Closed(tmp_path / "replica"), timeout_s=1)
+    assert (verdict.finding, verdict.txid) == ("agrees", 1)
 
 
 def test_a_restart_during_a_restore_is_held_off_by_a_pin(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
