@@ -15,9 +15,9 @@ is in the WAL, the checksums have shown that it is the replica's.)
 | is not: the WAL was restarted or removed since | none | as above, with all frames of the WAL past it |
 | is not | some | behind: they were written since, or damaged; nobody can tell |
 
-While a replicator runs, the last two change by themselves, since it sends what the restarted WAL holds: the replica is read again when it has news. A
-database that is restarted faster than it can be restored is pinned before the last restore, and then the WAL is restarted once at most, and the
-file does not change.
+While a replicator runs, all but the clear cases change by themselves, since it sends what the WAL holds: the replica is read again when it has news,
+until the time is over. Where the WAL is restarted faster than the replica can be restored, the database is pinned before the later restores: then the
+WAL is restarted once at most, and nothing newer than the pin gets into the file.
 """
 
 from __future__ import annotations
