@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
 from replicator.errors import ConfigError
@@ -53,11 +53,12 @@ _SQLITE_URL = re.compile(r"^sqlite3?://")
 
 @dataclass(frozen=True, slots=True)
 class Logging:
-    """`logging`. `level` is one of trace, debug, info, warn and error, or None when nothing was said."""
+    """`logging`. `level` is one of trace, debug, info, warn and error, or None when nothing was said; `source`: name file and line."""
 
     level: str | None = None
     stderr: bool = False
-    kind: Literal["text", "json"] = "text"
+    kind: Literal["text", "json", "pretty"] = "text"
+    source: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,18 +314,16 @@ def _read_permissions(table: Table) -> int:
 
 def _read_logging(table: Table) -> Logging:
     table.check_keys(["level", "type", "stderr", "source"])
-    kind = table.text("type")
-    if kind == "pretty":
-        table.warn("type", f"{kind} is not implemented yet: lines are text")
-    elif kind not in (None, "text", "json"):
-        table.warn("type", "must be text, json or pretty: lines are text")
-    if table.boolean("source"):
-        table.warn("source", "not implemented yet: it has no effect")
+    kind = table.text("type") or "text"
+    if kind not in ("text", "json", "pretty"):
+        table.fail("type", "must be text, json or pretty")
     level = (table.text("level") or "").lower()
     level = {"warning": "warn"}.get(level, level)
     if level not in ("", "trace", "debug", "info", "warn", "error"):
         table.fail("level", "must be trace, debug, info, warn or error")
-    return Logging(level or None, bool(table.boolean("stderr")), "json" if kind == "json" else "text")
+    return Logging(
+        level or None, bool(table.boolean("stderr")), cast('Literal["text", "json", "pretty"]', kind), bool(table.boolean("source"))
+    )
 
 
 def _read_history(top: Table, entries: Sequence[Table]) -> History:

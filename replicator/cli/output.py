@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from replicator.cli.parse import UsageError
 
@@ -82,25 +82,58 @@ def redacted(url: str) -> str:
 
 
 class Lines(logging.Formatter):
-    """`time=... level=INFO msg="..." key=value`, as Litestream logs."""
+    """`time=... level=INFO msg="..." key=value`, as Litestream logs. `source`: the file and line that logs, too."""
+
+    def __init__(self, *, source: bool = False) -> None:
+        super().__init__()
+        self._source = source
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC)
         message, facts = _split(record)
-        level = _LEVELS.get(record.levelname, record.levelname)
-        text = f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={level} msg="{message}"{facts and " "}{facts}'
+        source = f" source={record.filename}:{record.lineno}" if self._source else ""
+        text = f'time={when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03d}Z level={_level(record)}{source} msg="{message}"{facts and " "}{facts}'
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class PrettyLines(logging.Formatter):
+    """`15:04:05 INF message key=value`, for people: the time is local, and coloured on a terminal."""
+
+    def __init__(self, *, source: bool = False, color: bool = False) -> None:
+        super().__init__()
+        self._source, self._color = source, color
+
+    def format(self, record: logging.LogRecord) -> str:
+        message, facts = _split(record)
+        level, color = _SHORT.get(_level(record), (_level(record), "0"))
+        words = [
+            self._painted("2", time.strftime("%H:%M:%S", time.localtime(record.created))),
+            self._painted(color, level),
+            *([self._painted("2", f"{record.filename}:{record.lineno}")] if self._source else []),
+            message,
+            _FACT.sub(lambda found: f"{self._painted('2', found[1] + '=')}{found[2]}", facts),
+        ]
+        text = " ".join(word for word in words if word)
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+    def _painted(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._color else text
 
 
 class JSONLines(logging.Formatter):
     """One JSON object on each line, with the keys of Litestream: time, level, msg, and the facts. Values of facts are texts."""
 
+    def __init__(self, *, source: bool = False) -> None:
+        super().__init__()
+        self._source = source
+
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC)
         message, facts = _split(record)
-        fields = {
+        fields: dict[str, object] = {
             "time": when.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            "level": _LEVELS.get(record.levelname, record.levelname),
+            "level": _level(record),
+            **({"source": {"function": record.funcName, "file": record.filename, "line": record.lineno}} if self._source else {}),
             "msg": message,
         }
         for key, value in _FACT.findall(facts):
@@ -115,7 +148,12 @@ class JSONLines(logging.Formatter):
 
 
 _LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
+_SHORT = {"DEBUG": ("DBG", "2"), "INFO": ("INF", "92"), "WARN": ("WRN", "93"), "ERROR": ("ERR", "91")}
 _FACT = re.compile(r"""([\w.-]+)=('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.*?)(?=;|(?:\s+[\w.-]+=)|\s*$)""", re.DOTALL)
+
+
+def _level(record: logging.LogRecord) -> str:
+    return _LEVELS.get(record.levelname, record.levelname)
 
 
 def _split(record: logging.LogRecord) -> tuple[str, str]:
@@ -126,12 +164,16 @@ def _split(record: logging.LogRecord) -> tuple[str, str]:
     return text[:at].rstrip(), text[at:]
 
 
-def log_to(stream: TextIO, level: str, *, kind: str = "text") -> None:
-    levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "error": 40}
+def log_to(stream: TextIO, level: str, *, kind: Literal["text", "json", "pretty"] = "text", source: bool = False) -> None:
+    """Log to a stream from now on. Raises `UsageError` for a level that nobody knows."""
+    levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
     if level.lower() not in levels:
-        raise UsageError(f"invalid value for -log-level: {level!r} ({', '.join(levels)})")
+        raise UsageError(f"invalid value for -log-level: {level!r} ({', '.join(name for name in levels if name != 'warning')})")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JSONLines() if kind == "json" else Lines())
+    if kind == "pretty":
+        handler.setFormatter(PrettyLines(source=source, color=stream.isatty()))
+    else:
+        handler.setFormatter((JSONLines if kind == "json" else Lines)(source=source))
     root = logging.getLogger("replicator")
     root.handlers[:] = [handler]
     root.setLevel(levels[level.lower()])

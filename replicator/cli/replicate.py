@@ -101,7 +101,7 @@ def _code(errors: Sequence[Exception], arguments: list[str]) -> int:
 
 def _start_log(flags: dict[str, str], config: Config) -> None:
     level = flags.get("log-level") or os.environ.get("LOG_LEVEL") or config.logging.level or "info"
-    log_to(sys.stderr if config.logging.stderr else sys.stdout, level, kind=config.logging.kind)
+    log_to(sys.stderr if config.logging.stderr else sys.stdout, level, kind=config.logging.kind, source=config.logging.source)
 
 
 def _from_arguments(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicator.config import Config, Daemon, DatabaseSettings, ReplicaSettings, Socket, database_path, load
+from replicator.config import Config, Daemon, DatabaseSettings, Logging, ReplicaSettings, Socket, database_path, load
 from replicator.errors import ConfigError
 from replicator.levels import History
 from replicator.storage import open_replica
@@ -391,8 +391,6 @@ def test_numbers_that_are_no_durations(number: str) -> None:
         ("heartbeat-url: 'https://h'", 1, "heartbeat-url"),
         ("validation: {interval: 1h}", 1, "validation"),
         ("verify-compaction: true", 1, "verify-compaction"),
-        ("logging: {type: pretty}", 1, "logging.type: pretty is not implemented yet"),
-        ("logging: {source: true}", 1, "logging.source"),
         ("auto-recover: true", 1, "auto-recover"),
         ("dbs:\n - {path: a, truncate-page-n: 1, replica: {path: r}}", 2, "dbs[0].truncate-page-n"),
         ("dbs:\n - {path: a, max-checkpoint-page-count: 1, replica: {path: r}}", 2, "max-checkpoint-page-count"),
@@ -421,6 +419,10 @@ def test_logging() -> None:
         assert read(f"logging: {{level: {text}, stderr: true, type: text}}").logging.level == level
     assert read("logging: {stderr: true}").logging.stderr
     refused("logging: {level: loud}", "must be trace, debug")
+    for kind in ("text", "json", "pretty"):
+        assert read(f"logging: {{type: {kind}, source: true}}").logging == Logging(None, False, kind, True)  # type: ignore[arg-type]
+    assert read("logging: {type: '', level: ''}").logging == Logging(None, False, "text", False)
+    refused("logging: {type: xml}", "logging.type: must be text, json or pretty")
 
 
 def test_what_is_said_about_the_process() -> None:
