@@ -29,7 +29,7 @@ from replicator.format.ltx import TXID, parse_txid
 from replicator.format.v3 import parse_index
 from replicator.formats import Format, writing
 from replicator.images import Images
-from replicator.keeper import Keeper
+from replicator.keeper import HistoryCounts, Keeper
 from replicator.levels import History
 from replicator.loop import EngineThread
 from replicator.outbox import OutFile
@@ -57,7 +57,8 @@ IMAGE_TRIES = 50
 class ReplicaStatus:
     """One replica: newest TXID stored, seconds since the oldest commit that it lacks was made, at most, and its last error.
 
-    `problems` are those of its history (compaction, snapshots, retention), which do not stop replication; `verified` is the last drill.
+    `retries`: tries to store something that failed and came again, without those that a store's own client makes within one of ours.
+    `history`: what was done of compaction, snapshots and retention; `problems` are its own, and do not stop replication. `verified`: the last drill.
     `position`: in format v0.3, where what is stored ends (`<generation>/<index>:<offset>`); TXIDs only count within this process there.
     """
 
@@ -74,6 +75,8 @@ class ReplicaStatus:
     position: str = ""
     online: bool = False
     loss_window: LossWindow = LossWindow()  # noqa: RUF009  frozen
+    retries: int = 0
+    history: HistoryCounts = HistoryCounts()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +453,8 @@ class Replicator:
             replica.position,
             replica.online,
             self._board.loss_window(replica),
+            replica.retries,
+            keeper.counts if keeper is not None else HistoryCounts(),
         )
 
     def _check_process(self) -> None:

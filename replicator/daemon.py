@@ -259,7 +259,8 @@ class Daemon:
             if self._settings.socket.enabled:
                 path = self._settings.socket.path
                 made = listen_unix(path, self._settings.socket.permissions)
-                listener = Listener(made, Control(self._store, self._register, started_at=datetime.now(UTC)).respond, "control")
+                control = Control(self._store, self._register, started_at=datetime.now(UTC), operations=self._operations)
+                listener = Listener(made, control.respond, "control")
                 stack.callback(listener.close)
                 listener.start()
                 log.info("control socket listening path=%s", path)

@@ -39,6 +39,7 @@
       LeaseError             this process is not the writer
         Fenced               (txid) another writer appended at our TXID
       ConfigError            a bad setting: URL, option, path
+      RequestRefused         (status) a running daemon refuses what it was asked
       WaitTimeout            (pending) not stored in the time given; outcome unknown
 
 Facts are attributes, the message is built from them, and `hint` (when there is one) says what to do next. Decoders raise
@@ -82,6 +83,7 @@ __all__ = [
     "ReplicaEmptied",
     "ReplicaStateError",
     "ReplicatorError",
+    "RequestRefused",
     "RestoreError",
     "SnapshotNotAvailable",
     "StorageError",
@@ -425,6 +427,14 @@ class Fenced(LeaseError):
 
 class ConfigError(ReplicatorError):
     """A bad setting: a URL, an option or a path."""
+
+
+class RequestRefused(ReplicatorError):
+    """A running daemon refuses a control request, with this HTTP status."""
+
+    def __init__(self, request: str, status: int, why: str) -> None:
+        self.request, self.status, self.why = request, status, why
+        super().__init__(f"{request} failed: {why}")
 
 
 class WaitTimeout(ReplicatorError):

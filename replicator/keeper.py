@@ -27,7 +27,7 @@ from replicator.recent import RecentFiles
 from replicator.replica import Replica
 from replicator.retention import due_retention, expired_files, safe_to_delete, untrusted_times
 
-__all__ = ["Keeper", "Task"]
+__all__ = ["HistoryCounts", "Keeper", "Task"]
 
 RETRY_S = (1.0, 5.0, 15.0, 60.0, 300.0)
 DENIED_RETRY_S = 3600.0
@@ -46,6 +46,24 @@ class Task:
     due: float
     name: str
     run: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryCounts:
+    """What was done since the start.
+
+    Attributes:
+        compactions, snapshots: files made of others, and full images.
+        deleted: files that retention has deleted.
+        failures: tries of one of these that failed and come again.
+        unsound: compactions that met a stored file which was damaged, or gone.
+    """
+
+    compactions: int = 0
+    snapshots: int = 0
+    deleted: int = 0
+    failures: int = 0
+    unsound: int = 0
 
 
 class Keeper:
@@ -75,7 +93,7 @@ class Keeper:
         self.replica = replica
         self.history = history
         self.problems: dict[str, str] = {}
-        self.compactions = self.snapshots = self.deleted = 0
+        self.compactions = self.snapshots = self.deleted = self.failures = self.unsound = 0
         self._scratch = scratch
         self._recent = recent
         self._take_snapshot = take_snapshot
@@ -97,6 +115,10 @@ class Keeper:
     def progress(self) -> object:
         """Something that changes when the replica has got what may make something due earlier."""
         return self.replica.txid
+
+    @property
+    def counts(self) -> HistoryCounts:
+        return HistoryCounts(self.compactions, self.snapshots, self.deleted, self.failures, self.unsound)
 
     def due(self) -> float | None:
         """Return when the next thing is due, in seconds since 1970; None when nothing is before the next upload."""
@@ -141,6 +163,7 @@ class Keeper:
         return {level: [info for info in infos if _key(info) not in self._damaged] for level, infos in files.items()}
 
     def _failed(self, name: str, error: Exception) -> None:
+        self.failures += 1
         count = self._failures[name] = self._failures.get(name, 0) + 1
         delay = DENIED_RETRY_S if isinstance(error, AccessDenied) else RETRY_S[min(count, len(RETRY_S)) - 1]
         self._not_before[name] = max(self._not_before.get(name, 0.0), self._monotonic() + delay)
@@ -154,11 +177,13 @@ class Keeper:
         try:
             done = compact(task.inputs, task.level, self._read, self._scratch)
         except ObjectNotFound:
+            self.unsound += 1
             self.replica.relist()  # somebody else deletes here, too
             self._is_sound = False
             self._check_chain()
             raise
         except CorruptReplica as error:
+            self.unsound += 1
             self._set_aside(task.inputs, error)
             raise
         try:

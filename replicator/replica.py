@@ -96,6 +96,8 @@ class Replica:
         self.error: str | None = None
         self.files_sent = 0
         self.bytes_sent = 0
+        self.retries = 0
+        """Tries that failed and come again."""
         self._lineage = b""
         self._guard = threading.Lock()
         self._files: dict[int, list[FileInfo]] = {}

@@ -5,7 +5,7 @@ socket to be tested. Limits: a request must arrive within ten seconds and be sma
 closed at once. Nothing wakes up while nobody asks.
 
 `Control` is Litestream's API, shape by shape (specification 0.5, section 7, tried with the released binary): status words, keys, error bodies
-and codes. What the peer has no word for is in the log and in `/readyz`.
+and codes. What the peer has no word for is in the log, in `/readyz`, and in the one request of our own, `/pyrepl/overview`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from replicator import __version__
 from replicator.errors import ConfigError
+from replicator.overview import Overview
+from replicator.storage.measured import Operations
 from replicator.store import FAILURES, Member, Store
 
 __all__ = ["Control", "Listener", "Observed", "Request", "Response", "listen_tcp", "listen_unix"]
@@ -223,6 +225,7 @@ class _Timely(io.RawIOBase):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "pyrepl", ""
+    wbufsize = -1  # head and body in one piece: two small ones would wait for the other side's delayed acknowledgement
     server: Listener  # type: ignore[assignment]
 
     def setup(self) -> None:
@@ -299,8 +302,9 @@ class Control:
     `make` returns the member for a database and a replica URL, not started; it raises `ConfigError`.
     """
 
-    def __init__(self, store: Store, make: Callable[[Path, str], Member], *, started_at: datetime) -> None:
+    def __init__(self, store: Store, make: Callable[[Path, str], Member], *, started_at: datetime, operations: Operations) -> None:
         self._store, self._make, self._started_at = store, make, started_at
+        self._overview = Overview(store, operations)
         self._routes: dict[str, tuple[str, Callable[[Request], Mapping[str, object]]]] = {
             "/start": ("POST", self._start),
             "/stop": ("POST", self._stop),
@@ -311,6 +315,7 @@ class Control:
             "/list": ("GET", self._list),
             "/info": ("GET", self._info),
             "/debug/sync-status": ("GET", self._sync_status),
+            "/pyrepl/overview": ("GET", lambda request: self._overview.answer()),
         }
 
     def respond(self, request: Request) -> Response:

@@ -41,6 +41,7 @@ from replicator.errors import (
 )
 from replicator.format.ltx import TXID
 from replicator.storage.base import ReplicaClient
+from replicator.storage.measured import Measured
 from replicator.v3restore import newest_first
 
 __all__ = ["Member", "Prepared", "State", "Store", "at_once", "stop_all"]
@@ -135,6 +136,12 @@ class Member:
         """All that was committed before is on every replica, as far as this process knows."""
         replicator = self.replicator
         return replicator.status().synced_at if replicator is not None else self._synced_at
+
+    @property
+    def requests(self) -> int:
+        """Operations on its replicas since it last began, where its clients count them."""
+        prepared = self._prepared
+        return sum(client.requests for client in prepared.clients if isinstance(client, Measured)) if prepared is not None else 0
 
     @property
     def problem(self) -> str | None:

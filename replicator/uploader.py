@@ -72,6 +72,7 @@ class Uploader:
             if self._replica.error != str(error):
                 log.warning("upload failed replica=%s error=%r", self._replica.url, str(error))
             self._replica.error = str(error)
+            self._replica.retries += 1
             self._board.changed.notify_all()
             began = time.monotonic()
             while not self._board.ends and (left := began + min(delay_s, self._board.retry_s) - time.monotonic()) > 0:

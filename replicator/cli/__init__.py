@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import control, convert, databases, generations, history, local, ltx, replicate, restore, verify
+from replicator.cli import control, convert, databases, generations, history, local, ltx, replicate, restore, top, verify
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -90,6 +90,7 @@ COMMANDS = {
     "databases": databases.COMMAND,
     **local.COMMANDS,
     **control.COMMANDS,
+    "top": top.COMMAND,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(
         "pyrepl demo [-duration D] [-keep] [URL]",

@@ -17,9 +17,9 @@ from typing import Any
 from replicator.cli.configured import home
 from replicator.cli.output import fail, redacted, time_text
 from replicator.cli.parse import Command, UsageError
-from replicator.errors import ReplicatorError
+from replicator.errors import ReplicatorError, RequestRefused
 
-__all__ = ["COMMANDS", "ask_daemon"]
+__all__ = ["COMMANDS", "SOCKET", "ask_daemon", "timeout_flag"]
 
 SOCKET = "/var/run/litestream.sock"
 LATE_S = 5.0
@@ -27,14 +27,15 @@ MAX_ANSWER = 64 << 20
 
 
 def _ask(flags: dict[str, str], path: str, body: Mapping[str, object] | None = None, *, default_s: int = 30) -> tuple[Any, str]:
-    return ask_daemon(Path(flags.get("socket", SOCKET)), path, body, timeout_s=_timeout(flags, default_s) + LATE_S)
+    return ask_daemon(Path(flags.get("socket", SOCKET)), path, body, timeout_s=timeout_flag(flags, default_s) + LATE_S)
 
 
 def ask_daemon(where: Path, path: str, body: Mapping[str, object] | None = None, *, timeout_s: float) -> tuple[Any, str]:
     """Send a request, with a body a POST, and return the answer, and what the daemon is called.
 
     Raises:
-        ReplicatorError: nobody answers, or the daemon refuses.
+        RequestRefused: the daemon refuses.
+        ReplicatorError: nobody answers.
     """
     import http.client
 
@@ -60,14 +61,15 @@ def ask_daemon(where: Path, path: str, body: Mapping[str, object] | None = None,
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise ReplicatorError(f"{path.strip('/')} failed: {response.status} {response.reason}")
+        raise RequestRefused(path.strip("/"), response.status, f"{response.status} {response.reason}")
     if response.status != 200:
         details = f": {answer['details']}" if answer.get("details") else ""
-        raise ReplicatorError(f"{path.strip('/')} failed: {answer.get('error', response.reason)}{details}")
+        raise RequestRefused(path.strip("/"), response.status, f"{answer.get('error', response.reason)}{details}")
     return answer, "pyrepl" if (response.getheader("Server") or "").startswith("pyrepl") else "Litestream"
 
 
-def _timeout(flags: dict[str, str], default_s: int) -> int:
+def timeout_flag(flags: dict[str, str], default_s: int) -> int:
+    """Return the value of `-timeout` in whole seconds. Raises `UsageError`."""
     text = flags.get("timeout", str(default_s))
     if not text.isascii() or not text.isdigit() or len(text) > 6:
         raise UsageError(f"invalid value for -timeout: {text!r} (whole seconds)")
@@ -131,7 +133,7 @@ def info(flags: dict[str, str], arguments: list[str]) -> int:
 
 def sync(flags: dict[str, str], arguments: list[str]) -> int:
     path, wait, began = _database(arguments), flags.get("wait") == "true", time.monotonic()
-    answer, _ = _ask(flags, "/sync", {"path": path, "wait": wait, "timeout": _timeout(flags, 30)})
+    answer, _ = _ask(flags, "/sync", {"path": path, "wait": wait, "timeout": timeout_flag(flags, 30)})
     fields = {"db_path": path, "txid": answer["txid"], **({"replica_txid": answer["replicated_txid"]} if wait else {})}
     return _print(flags, {**fields, "duration_ms": int((time.monotonic() - began) * 1000)})
 
@@ -146,7 +148,7 @@ def register(flags: dict[str, str], arguments: list[str]) -> int:
 
 
 def unregister(flags: dict[str, str], arguments: list[str]) -> int:
-    path, where, timeout_s = _database(arguments), flags.get("socket", SOCKET), _timeout(flags, 30)
+    path, where, timeout_s = _database(arguments), flags.get("socket", SOCKET), timeout_flag(flags, 30)
     if flags.get("dry-run") == "true":
         print("Dry run: unregister request preview")
         print(f"  database: {path}\n  socket: {where}\n  replicas: daemon-managed replica for this database")
@@ -167,7 +169,7 @@ def stop(flags: dict[str, str], arguments: list[str]) -> int:
 
 def _start_or_stop(flags: dict[str, str], arguments: list[str], verb: str, state: str) -> int:
     path = _database(arguments)
-    answer, _ = _ask(flags, f"/{verb}", {"path": path, "timeout": _timeout(flags, 30)})
+    answer, _ = _ask(flags, f"/{verb}", {"path": path, "timeout": timeout_flag(flags, 30)})
     where = os.fspath(flags.get("socket", SOCKET))
     return _print(flags, {"status": answer["status"], "db_path": path, "state": state, "txid": answer["txid"], "socket": where})
 

@@ -16,7 +16,7 @@ from replicator.errors import ObjectNotFound, PreconditionFailed
 from replicator.format.ltx import TXID, FileInfo
 from replicator.storage.base import FROM_START, Body, Comparing, ControlObject, ObjectStore, ReadStream, ReplicaClient, StoredObject
 
-__all__ = ["BUCKETS_S", "Operations", "measured"]
+__all__ = ["BUCKETS_S", "Measured", "Operations", "measured"]
 
 BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histogram of durations, as the peer has them."""
@@ -40,9 +40,11 @@ class Operations:
         self._lock = threading.Lock()
         self._kinds: dict[tuple[str, str], Kind] = {}
 
-    def note(self, backend: str, kind: str, seconds: float, size_bytes: int, error: str | None) -> None:
+    def note(self, client: Measured, kind: str, seconds: float, size_bytes: int, error: str | None) -> None:
+        """Count an operation of a client that has ended."""
         with self._lock:
-            counted = self._kinds.setdefault((backend, kind), Kind())
+            client.requests += 1
+            counted = self._kinds.setdefault((client.kind, kind), Kind())
             counted.count += 1
             counted.seconds += seconds
             counted.slots[bisect_left(BUCKETS_S, seconds)] += 1
@@ -62,11 +64,14 @@ class Operations:
 
 def measured(client: ReplicaClient, operations: Operations) -> ReplicaClient:
     """Return a client that does the same, and counts."""
-    return _MeasuredComparing(client, operations) if isinstance(client, Comparing) else _Measured(client, operations)
+    return _MeasuredComparing(client, operations) if isinstance(client, Comparing) else Measured(client, operations)
 
 
-class _Measured:
+class Measured:
+    """What `measured` returns. `requests`: operations of this client, failed ones included."""
+
     def __init__(self, inner: ReplicaClient, operations: Operations) -> None:
+        self.requests = 0
         self._inner, self._operations = inner, operations
 
     def __repr__(self) -> str:
@@ -167,10 +172,10 @@ class _Measured:
             self._objects.delete_folder(folder)
 
     def _timed(self, kind: str, size_bytes: int = 0) -> _Timed:
-        return _Timed(self._operations, self._inner.kind, kind, size_bytes)
+        return _Timed(self._operations, self, kind, size_bytes)
 
 
-class _MeasuredComparing(_Measured):
+class _MeasuredComparing(Measured):
     def holds(self, info: FileInfo, body: Body) -> bool:
         assert isinstance(self._inner, Comparing)
         with self._timed("GET", info.size):
@@ -180,9 +185,9 @@ class _MeasuredComparing(_Measured):
 class _Timed:
     """One operation. That an object is missing, or there already, is an answer and not an error."""
 
-    def __init__(self, operations: Operations, backend: str, kind: str, size_bytes: int) -> None:
+    def __init__(self, operations: Operations, client: Measured, kind: str, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._operations, self._backend, self._kind = operations, backend, kind
+        self._operations, self._client, self._kind = operations, client, kind
 
     def __enter__(self) -> _Timed:
         self._began = time.monotonic()
@@ -191,4 +196,4 @@ class _Timed:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         failed = error is not None and not isinstance(error, (ObjectNotFound, PreconditionFailed))
         name = type(error).__name__ if failed else None
-        self._operations.note(self._backend, self._kind, time.monotonic() - self._began, 0 if error else self.size_bytes, name)
+        self._operations.note(self._client, self._kind, time.monotonic() - self._began, 0 if error else self.size_bytes, name)

@@ -13,6 +13,7 @@ import pytest
 from replicator import server
 from replicator.errors import ConfigError
 from replicator.server import Control, Listener, Observed, Request, Response, listen_tcp, listen_unix
+from replicator.storage.measured import Operations
 from replicator.store import Store
 
 
@@ -20,7 +21,7 @@ def control() -> Control:
     def make(path: Path, url: str) -> object:
         raise ConfigError(f"no: {url}")
 
-    return Control(Store(), make, started_at=datetime(2026, 1, 1, tzinfo=UTC))  # type: ignore[arg-type]
+    return Control(Store(), make, started_at=datetime(2026, 1, 1, tzinfo=UTC), operations=Operations())  # type: ignore[arg-type]
 
 
 def post(path: str, body: bytes) -> tuple[int, dict[str, str]]:
