@@ -82,7 +82,7 @@ def _peers(members: list[Member]) -> Iterator[Metric]:
             ("sync_count", "How often the database was looked at."),
             ("sync_error_count", "How often that failed."),
             ("sync_seconds", "Time that it took."),
-            ("compaction_verify_error_count", "Always 0: what is merged is verified while it is read."),
+            ("compaction_verify_error_count", "Compactions that met a stored file which was damaged, or gone."),
             ("checkpoint_count", "Checkpoints that were tried."),
             ("checkpoint_error_count", "Those that could not finish."),
             ("checkpoint_seconds", "Time that they took."),
@@ -104,7 +104,7 @@ def _peers(members: list[Member]) -> Iterator[Metric]:
             "sync_count": counts.syncs,
             "sync_error_count": counts.sync_errors,
             "sync_seconds": counts.sync_s,
-            "compaction_verify_error_count": 0,
+            "compaction_verify_error_count": sum(item.history.unsound for item in status.replicas),
         }
         for name, value in plain.items():
             counters[name].add_sample(f"litestream_{name}", {"db": db}, value)
@@ -135,6 +135,16 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
     problems = GaugeMetricFamily("pyrepl_history_problems", "What cannot be done of compaction, images and retention.", labels=labels)
     sent_files = CounterMetricFamily("pyrepl_replica_sent_files", "Files stored on a replica.", labels=labels)
     sent_bytes = CounterMetricFamily("pyrepl_replica_sent_bytes", "Their bytes.", labels=labels)
+    retries = CounterMetricFamily("pyrepl_replica_retries", "Tries to store something that failed and came again.", labels=labels)
+    history = {
+        name: CounterMetricFamily(f"pyrepl_history_{name}", text, labels=labels)
+        for name, text in (
+            ("compactions", "Files made of those of a lower level."),
+            ("snapshots", "Full images taken."),
+            ("deleted_files", "Files that retention has deleted."),
+            ("failures", "Tries of compaction, images and retention that failed and came again."),
+        )
+    }
     for member in members:
         replicator, db = member.replicator, str(member.path)
         status = replicator.status() if replicator is not None else None
@@ -164,7 +174,28 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
             problems.add_metric(key, len(item.problems))
             sent_files.add_metric(key, item.files_sent)
             sent_bytes.add_metric(key, item.bytes_sent)
-    yield from (state, pinned, locked, finished, queue, queued, synced, lag, window, newest, failing, problems, sent_files, sent_bytes)
+            retries.add_metric(key, item.retries)
+            done = item.history
+            for name, count in zip(history, (done.compactions, done.snapshots, done.deleted, done.failures), strict=True):
+                history[name].add_metric(key, count)
+    yield from (
+        state,
+        pinned,
+        locked,
+        finished,
+        queue,
+        queued,
+        synced,
+        lag,
+        window,
+        newest,
+        failing,
+        problems,
+        sent_files,
+        sent_bytes,
+        retries,
+    )
+    yield from history.values()
 
 
 def _operations(operations: Operations) -> Iterator[Metric]:

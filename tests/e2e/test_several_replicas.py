@@ -289,6 +289,8 @@ def test_one_replica_that_is_away_at_the_start_does_not_stop_the_other(tmp_path:
         insert(application, 5)
         assert replicator.wait(replicas="any", timeout_s=TIMEOUT_S) == 2
         assert replicator.status().state == "degraded"
+        until(lambda: replicator.status().replicas[1].retries > 0)
+        assert replicator.status().replicas[0].retries == 0
         assert restored(one, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
         insert(application, 5)
         replicator.wait(replicas=[one.url], timeout_s=TIMEOUT_S)

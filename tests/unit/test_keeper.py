@@ -41,6 +41,11 @@ def test_three_days_of_a_write_a_minute(tmp_path: Path) -> None:
     requests = simulation.client.requests
     assert requests["PUT level 0"] == 3 * 1440 + 60
     assert requests["PUT level 3"] == 3 * 24 + 1
+    counts = simulation.keeper.counts
+    assert counts.compactions == sum(requests[f"PUT level {level}"] for level in (1, 2, 3))
+    assert counts.snapshots == requests["PUT level 9"]
+    assert counts.deleted == sum(requests[f"PUT level {level}"] for level in (0, 1, 2, 3, 9)) - sum(map(len, files.values()))
+    assert (counts.failures, counts.unsound) == (0, 0)
 
 
 def test_levels_and_window_with_short_intervals_and_bursts(tmp_path: Path) -> None:
@@ -198,6 +203,7 @@ def test_a_damaged_file_is_left_out_and_a_full_image_follows_at_once(tmp_path: P
     simulation.client.put(0, victim.min_txid, victim.max_txid, bytes(data), timestamp_ms=int(simulation.now * 1000))
     simulation.advance(HOUR)
     assert simulation.keeper.snapshots == 1
+    assert simulation.keeper.counts.unsound == 1
     assert simulation.restored(tmp_path / "r.db")[1] == 10
     for _ in range(10):
         simulation.write()
@@ -239,7 +245,9 @@ def test_an_outage_delays_the_keeper_and_nothing_is_lost(tmp_path: Path) -> None
         simulation.advance(20)
         if step == 300:
             assert "away" in simulation.keeper.problems["compaction into level 1"]
+            assert simulation.keeper.counts.failures > 0
     assert simulation.keeper.problems == {}
+    assert simulation.keeper.counts.unsound == 0
     simulation.advance(HOUR)
     assert len(list_files(simulation.client)[0]) == 1
     assert simulation.check_every_restorable_txid(tmp_path / "r.db") > 50
@@ -325,6 +333,7 @@ def test_a_raw_file_that_vanishes_before_it_was_merged_leads_to_a_full_image_at_
     simulation.client.delete([simulation.replica.listing()[0][4]])
     simulation.advance(60)
     assert simulation.keeper.snapshots == 1
+    assert simulation.keeper.counts.unsound == 1
     assert simulation.keeper.problems == {}
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[10][1], 10)
 
