@@ -30,9 +30,12 @@ from replicator.words import split_words
 from replicator.yamltree import MAX_TEXT, Note, ScalarNode, YAMLProblem, parse_yaml
 
 __all__ = [
+    "DATABASE_KEYS",
     "DEFAULT_PATH",
     "DEFAULT_SOCKET",
     "MAX_TEXT",
+    "REPLICA_KEYS",
+    "TOP_KEYS",
     "Config",
     "Daemon",
     "DatabaseSettings",
@@ -217,19 +220,27 @@ _OTHER_BACKENDS = frozenset(
 )  # fmt: skip
 _OTHER_TYPES = ("abs", "gcs", "gs", "nats", "oss", "sftp", "webdav", "webdavs")
 
-_REPLICA_ELSEWHERE = frozenset(["max-sync-ltx-files", "auto-recover"])
+# Keys that have no effect here, and why.
+_REPLICA_ELSEWHERE = {
+    "max-sync-ltx-files": "uploads are bounded by their bytes: it has no effect",
+    "auto-recover": "what can be continued safely is continued without it: it has no effect",
+    "validation-interval": "stored files are checked when they are merged and before anything is deleted: it has no effect; "
+    "verify-interval of the database compares it with its replicas",
+}
 _NOT_INHERITED = frozenset(["type", "path", "url", "name", "part-size", "concurrency"])
-_REPLICA_COMMON = frozenset(["type", "path", "url", "name", "sync-interval", "validation-interval", "age"]) | _REPLICA_ELSEWHERE
+_REPLICA_COMMON = frozenset(["type", "path", "url", "name", "sync-interval", "age", *_REPLICA_ELSEWHERE])
 _REPLICA_ONLY = frozenset(["retention", "retention-check-interval", "snapshot-interval", "format"])  # of 0.3; never global
 _GLOBAL_REPLICA = _REPLICA_COMMON | _S3_KEYS | _OTHER_BACKENDS
-_REPLICA = _GLOBAL_REPLICA | _REPLICA_ONLY
 _INHERITED = _GLOBAL_REPLICA - _NOT_INHERITED
 
-_TOP_ELSEWHERE = frozenset(
-    [
-        "mcp-addr", "verify-compaction", "validation", "heartbeat-url", "heartbeat-interval",
-    ]
-)  # fmt: skip
+_TOP_ELSEWHERE = {
+    "mcp-addr": "there is no MCP server here: it has no effect",
+    "verify-compaction": "every file is verified while it is merged: it has no effect",
+    "validation": "stored files are checked when they are merged and before anything is deleted: it has no effect; "
+    "verify-interval of a database restores and compares",
+    "heartbeat-url": "not implemented: it has no effect; watch /readyz and the metrics instead",
+    "heartbeat-interval": "not implemented: it has no effect",
+}
 _TOP_OWN = frozenset(
     [
         "dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging", "addr", "exec", "socket",
@@ -237,7 +248,11 @@ _TOP_OWN = frozenset(
     ]
 )  # fmt: skip
 _DIRECTORY = ("dir", "pattern", "recursive", "watch", "meta-dir")
-_DATABASE_ELSEWHERE = frozenset(["truncate-page-n", "max-sync-wal-bytes", "max-checkpoint-page-count"])
+_DATABASE_ELSEWHERE = {
+    "truncate-page-n": "no checkpoint of this engine truncates the WAL: it has no effect",
+    "max-sync-wal-bytes": "a sync reads 64 MiB of the WAL at most: it has no effect",
+    "max-checkpoint-page-count": "no checkpoint of this engine makes writers wait for readers: it has no effect",
+}
 _DATABASE_OWN = frozenset(
     [
         "path", "meta-path", "monitor-interval", "checkpoint-interval", "busy-timeout", "min-checkpoint-page-count", "verify-interval",
@@ -245,19 +260,24 @@ _DATABASE_OWN = frozenset(
     ]
 )  # fmt: skip
 
+TOP_KEYS = _TOP_OWN | _TOP_ELSEWHERE.keys()
+DATABASE_KEYS = _DATABASE_OWN | _DATABASE_ELSEWHERE.keys()
+REPLICA_KEYS = _GLOBAL_REPLICA | _REPLICA_ONLY
+"""All keys that are known; those of replicas may stand at the top level, too, for all of them. `docs/keys.md` has what becomes of each."""
+
 # Where a key belongs, for the hint when it stands elsewhere.
 _HOMES = (
-    (_DATABASE_OWN | _DATABASE_ELSEWHERE, "a database's entry in dbs"),
-    (_REPLICA, "replica"),
-    (_TOP_OWN | _TOP_ELSEWHERE, "the top level of the file"),
+    (DATABASE_KEYS, "a database's entry in dbs"),
+    (REPLICA_KEYS, "replica"),
+    (TOP_KEYS, "the top level of the file"),
 )
 
 # -- sections ------------------------------------------------------------------------------------------------------------------
 
 
 def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
-    top.check_keys(_TOP_OWN | _TOP_ELSEWHERE | _GLOBAL_REPLICA)
-    top.no_effect(_TOP_ELSEWHERE | _REPLICA_ELSEWHERE, "not implemented yet: it has no effect")
+    top.check_keys(TOP_KEYS | _GLOBAL_REPLICA)
+    top.no_effect_of({**_TOP_ELSEWHERE, **_REPLICA_ELSEWHERE})
     top.no_effect(_NOT_INHERITED, "replicas do not inherit this key: it has no effect here")
     top.no_effect(_OTHER_BACKENDS, "only file and s3 replicas are supported: it has no effect")
     entries = [Table(top.reader, node, where) for node, where in top.items("dbs")]
@@ -386,9 +406,9 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
     if (directory := entry.node("dir")) is not None:
         hint = "list each database with path"
         entry.reader.fail(directory, f"{entry.named('dir')}: directories come with the daemon release", hint)
-    entry.check_keys(_DATABASE_OWN | _DATABASE_ELSEWHERE)
+    entry.check_keys(DATABASE_KEYS)
     entry.no_effect(_DIRECTORY, "goes with dir only: it has no effect")
-    entry.no_effect(_DATABASE_ELSEWHERE, "not needed by this engine: it has no effect")
+    entry.no_effect_of(_DATABASE_ELSEWHERE)
     path = entry.path("path", strip=_SQLITE_URL)
     if path is None:
         entry.reader.fail(entry.place, f"{entry.where}: path is missing")
@@ -461,12 +481,9 @@ def _check_unique(reader: Reader, entries: Sequence[Table], databases: Sequence[
 
 
 def _read_replica(table: Table, top: Table, history: History, environ: Mapping[str, str]) -> ReplicaSettings:
-    table.check_keys(_REPLICA)
-    table.no_effect(_REPLICA_ELSEWHERE, "not needed by this engine: it has no effect")
+    table.check_keys(REPLICA_KEYS)
+    table.no_effect_of(_REPLICA_ELSEWHERE)
     table.no_effect(["retention-check-interval"], "retention is applied after each snapshot: it has no effect")
-    table.no_effect(
-        ["validation-interval"], "not implemented yet: it has no effect; verify-interval of the database compares it with its replicas"
-    )
     url, path = table.text("url"), table.text("path")
     if path is not None and is_url(path):
         table.fail("path", f"replica path cannot be a url, please use the 'url' field instead: {redact(path)}")

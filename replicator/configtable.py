@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -104,6 +104,11 @@ class Table:
         for key in self._entries:
             if key in keys and self.own(key) is not None:
                 self.warn(key, why)
+
+    def no_effect_of(self, reasons: Mapping[str, str]) -> None:
+        """Warn of each of these keys that says something, with its reason."""
+        for key, why in reasons.items():
+            self.no_effect([key], why)
 
     # -- values ------------------------------------------------------------------------------------------------------------------
 
