@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,6 +155,60 @@ def test_texts_and_errors_are_the_same(place: Path, server: str) -> None:
             shape = [re.sub(r"[0-9][0-9:TZ.ms-]*|pyrepl|Litestream", "#", text) for text in (left, theirs.stdout)]
             assert shape[0] == shape[1], command
             assert ours.stderr.splitlines()[:1] == theirs.stderr.splitlines()[:1], command
+
+
+def test_plain_requests_get_the_same_answers(place: Path) -> None:
+    """What scripts with an HTTP client see: status, type, and the shape of the body."""
+    a = f"{place}/a.db"
+    requests: list[tuple[str, str, bytes | None]] = [
+        ("GET", f"/txid?path={a}", None),
+        ("GET", "/txid", None),
+        ("GET", "/txid?path=/none.db", None),
+        ("GET", "/debug/sync-status?path=/none.db", None),
+        ("GET", "/list", None),
+        ("GET", "/info", None),
+        ("POST", "/list", b"{}"),
+        ("GET", "/sync", None),
+        ("GET", "/nothing", None),
+        ("POST", "/sync", b""),
+        ("POST", "/sync", b"{"),
+        ("POST", "/sync", b'{"path":5}'),
+        ("POST", "/sync", b'{"path":"/none.db"}'),
+        ("POST", "/start", b"{}"),
+        ("POST", "/stop", b'{"path":"/none.db"}'),
+        ("POST", "/register", b'{"path":"/x.db"}'),
+        ("POST", "/register", b'{"path":"/x.db","replica_url":"zz://x"}'),
+        ("POST", "/unregister", b'{"path":"/none.db"}'),
+    ]
+    said: dict[str, list[object]] = {}
+    for server in ("pyrepl", "litestream"):
+        with daemon(server, place / "c.yml", place / "s.sock"):
+            pyrepl("sync", "-wait", "-socket", str(place / "s.sock"), a)
+            until(lambda: b"last_sync_at" in plain_request(place / "s.sock", "GET", "/list", None)[2])
+            said[server] = []
+            for request in requests:
+                status, kind, body = plain_request(place / "s.sock", *request)
+                answer = json.loads(body) if kind == "application/json" else {}
+                error = re.sub(r"(?<=^invalid replica url: ).*", "#", answer.get("error", ""))  # in words of its own
+                said[server].append((request, status, kind, keys(answer) if kind == "application/json" else body, error))
+            status, _, body = plain_request(place / "s.sock", "GET", f"/debug/sync-status?path={a}", None)
+            (found,) = json.loads(body)["databases"]
+            assert (status, found["path"], type(found["active"])) == (200, a, bool)
+        shutil.rmtree(place / "ra")
+        shutil.rmtree(place / ".a.db-litestream")
+    for ours, theirs in zip(*said.values(), strict=True):
+        assert ours == theirs
+
+
+def plain_request(path: Path, method: str, target: str, body: bytes | None) -> tuple[int, str, bytes]:
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.settimeout(30)
+    connection.sock.connect(str(path))
+    with contextlib.closing(connection):
+        connection.request(method, target, body)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Content-Type") or "", answer.read()
 
 
 def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
