@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -234,6 +235,16 @@ def test_a_daemon_that_is_away_is_named_and_what_was_known_stays() -> None:
     assert "/srv/a.db" in lines[4]
     assert len(lines) == 24
     assert "connection refused" in "".join(screen(Frame(NOON, error=ReplicatorError("connection refused")), View(), 80, 24))
+
+
+def test_a_hostile_name_or_error_reaches_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;owned\x07\x9b2J"
+    frame = Frame(NOON, sample(0.0, **{f"a{hostile}": {"error": f"no{hostile}"}}), None, ReplicatorError(f"gone{hostile}"), NOON)
+    text = "\n".join(screen(frame, View(words=""), 120, 24))
+    print_lines(replace(frame, error=None), View(), None)
+    text += capsys.readouterr().out
+    assert "owned" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 
 def test_lines_and_json_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
