@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
+from urllib.parse import urlsplit
 
 from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
 from replicator.errors import ConfigError
@@ -50,6 +51,7 @@ __all__ = [
 
 DEFAULT_PATH = "/etc/litestream.yml"
 DEFAULT_SOCKET = "/var/run/litestream.sock"
+MIN_HEARTBEAT_S = 60.0
 
 _SQLITE_URL = re.compile(r"^sqlite3?://")
 
@@ -81,6 +83,7 @@ class Daemon:
         address: host (empty for all) and port where metrics are served; None for nowhere.
         command: the application to run, in words; empty for none.
         shutdown_timeout_s, shutdown_interval_s: how long the last sync may take, and the longest time between two of its tries.
+        heartbeat_url, heartbeat_interval_s: what is asked for so often while all databases are in order; None for nothing.
     """
 
     address: tuple[str, int] | None = None
@@ -88,6 +91,8 @@ class Daemon:
     socket: Socket = Socket()
     shutdown_timeout_s: float = 30.0
     shutdown_interval_s: float = 0.5
+    heartbeat_url: str | None = field(default=None, repr=False)
+    heartbeat_interval_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,13 +243,11 @@ _TOP_ELSEWHERE = {
     "verify-compaction": "every file is verified while it is merged: it has no effect",
     "validation": "stored files are checked when they are merged and before anything is deleted: it has no effect; "
     "verify-interval of a database restores and compares",
-    "heartbeat-url": "not implemented: it has no effect; watch /readyz and the metrics instead",
-    "heartbeat-interval": "not implemented: it has no effect",
 }
 _TOP_OWN = frozenset(
     [
         "dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging", "addr", "exec", "socket",
-        "shutdown-sync-timeout", "shutdown-sync-interval",
+        "shutdown-sync-timeout", "shutdown-sync-interval", "heartbeat-url", "heartbeat-interval",
     ]
 )  # fmt: skip
 _DIRECTORY = ("dir", "pattern", "recursive", "watch", "meta-dir")
@@ -294,8 +297,29 @@ def _read_daemon(top: Table) -> Daemon:
         "command": _read_command(top),
         "shutdown_timeout_s": top.duration("shutdown-sync-timeout"),
         "shutdown_interval_s": top.duration("shutdown-sync-interval", zero=False),
+        "heartbeat_url": _read_heartbeat_url(top),
+        "heartbeat_interval_s": _read_heartbeat_interval(top),
     }
     return replace(Daemon(socket=_read_socket(top.table("socket"))), **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _read_heartbeat_url(top: Table) -> str | None:
+    text = top.text("heartbeat-url")
+    try:
+        parts = urlsplit(text or "http://h")
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"[^!-~]", text or "") and parts.port != 0
+    except ValueError:
+        is_right = False
+    if not is_right:
+        top.fail("heartbeat-url", "must be a URL that begins with http:// or https://")
+    return text
+
+
+def _read_heartbeat_interval(top: Table) -> float | None:
+    interval = top.duration("heartbeat-interval")
+    if interval is not None and interval < MIN_HEARTBEAT_S:
+        top.fail("heartbeat-interval", "must be at least 1m")
+    return interval
 
 
 def _read_address(top: Table) -> tuple[str, int] | None:

@@ -24,7 +24,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -264,6 +264,12 @@ class Daemon:
                 stack.callback(listener.close)
                 listener.start()
                 log.info("control socket listening path=%s", path)
+            if self._settings.heartbeat_url is not None:
+                from replicator.heartbeat import Heartbeat
+
+                heartbeat = Heartbeat(self._store, self._settings.heartbeat_url, self._settings.heartbeat_interval_s)
+                stack.callback(heartbeat.close)
+                heartbeat.start()
             yield
 
     def _register(self, path: Path, url: str) -> Member:
@@ -348,15 +354,10 @@ class Daemon:
                 gone.append(member)
         fresh = [self._make(item) for path, item in wanted.items() if path not in same]  # all of them, or none
         old, self._settings = self._settings, new.daemon
-        if (old.address, old.command, old.socket) != (new.daemon.address, new.daemon.command, new.daemon.socket):
-            log.warning("addr, exec and socket are those of the start; restart to change them")
-            self._settings = config.Daemon(
-                address=old.address,
-                command=old.command,
-                socket=old.socket,
-                shutdown_timeout_s=new.daemon.shutdown_timeout_s,
-                shutdown_interval_s=new.daemon.shutdown_interval_s,
-            )
+        kept = replace(old, shutdown_timeout_s=new.daemon.shutdown_timeout_s, shutdown_interval_s=new.daemon.shutdown_interval_s)
+        if kept != new.daemon:
+            log.warning("addr, exec, socket and heartbeat are those of the start; restart to change them")
+            self._settings = kept
         self._store.exchange(gone, fresh, self._shutdown_timeout_s)
         log.info("configuration reloaded unchanged=%d stopped=%d started=%d", len(same), len(gone), len(fresh))
 

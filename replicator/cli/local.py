@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 KEPT = frozenset(["lock", "replicas.json"])
-SECRETS = frozenset(["access_key_id", "secret_access_key", "sse_customer_key", "age_identities", "session_token"])
+SECRETS = frozenset(["access_key_id", "secret_access_key", "sse_customer_key", "age_identities", "session_token", "heartbeat_url"])
 HIDDEN = "(hidden)"
 
 

@@ -102,6 +102,7 @@ def test_config_show_hides_secrets_and_shows_what_holds(tmp_path: Path) -> None:
     config = tmp_path / "c.yml"
     config.write_text(
         f"addr: ':9090'\nsocket: {{enabled: true, permissions: 0660}}\nsecret-access-key: TOPSECRET\naccess-key-id: AKID\n"
+        f"heartbeat-url: https://alarm.example.com/TOPSECRET\n"
         f"dbs: [{{path: {tmp_path}/a.db, replica: {{url: 's3://bucket/a?endpoint=http://127.0.0.1:1', sync-interval: 3s}}}}]\n"
     )
     text = pyrepl("config", "show", "-config", config).stdout
@@ -110,6 +111,7 @@ def test_config_show_hides_secrets_and_shows_what_holds(tmp_path: Path) -> None:
     shown = yaml.safe_load(text)
     assert shown == json.loads(pyrepl("config", "show", "-json", "-config", config).stdout)
     assert shown["daemon"]["address"] == ["", 9090]
+    assert shown["daemon"]["heartbeat_url"] == "(hidden)"
     assert shown["daemon"]["socket"]["permissions"] == "0660"
     (replica,) = shown["databases"][0]["replicas"]
     assert replica["sync_interval_s"] == 3.0

@@ -388,7 +388,6 @@ def test_numbers_that_are_no_durations(number: str) -> None:
     ("text", "line", "words"),
     [
         ("mcp-addr: x", 1, "mcp-addr"),
-        ("heartbeat-url: 'https://h'", 1, "heartbeat-url"),
         ("validation: {interval: 1h}", 1, "validation"),
         ("verify-compaction: true", 1, "verify-compaction"),
         ("auto-recover: true", 1, "auto-recover"),
@@ -432,6 +431,8 @@ exec: sh -c 'sleep 1; exit 3'
 socket: {enabled: true, path: run/s.sock, permissions: 0660}
 shutdown-sync-timeout: 10s
 shutdown-sync-interval: 100ms
+heartbeat-url: https://alarm.example.com/ping/SECRET?x=1
+heartbeat-interval: 1m
 logging: {type: json}
 """
     found = read(text)
@@ -443,7 +444,10 @@ logging: {type: json}
         socket=Socket(True, Path("/srv/run/s.sock"), 0o660),
         shutdown_timeout_s=10.0,
         shutdown_interval_s=0.1,
+        heartbeat_url="https://alarm.example.com/ping/SECRET?x=1",
+        heartbeat_interval_s=60.0,
     )
+    assert "SECRET" not in repr(found)
     assert read("").daemon == Daemon()
 
 
@@ -469,6 +473,12 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
         ("socket: {enabled: 'true'}", "must be true or false"),
         ("shutdown-sync-timeout: 10", "10 without a unit"),
         ("shutdown-sync-interval: 0s", "must be longer than 0"),
+        ("heartbeat-url: 'ftp://h/x'", "must be a URL that begins with http:// or https://"),
+        ("heartbeat-url: 'file:///etc/passwd'", "must be a URL"),
+        ("heartbeat-url: 'https:///x'", "must be a URL"),
+        ("heartbeat-url: 'http://h:x/'", "must be a URL"),
+        ('heartbeat-url: "http://h/ x"', "must be a URL"),
+        ("heartbeat-interval: 59s", "must be at least 1m"),
     ],
 )
 def test_what_is_refused_about_the_process(text: str, words: str) -> None:
