@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -41,6 +42,7 @@ __all__ = ["Control", "Listener", "Observed", "Request", "Response", "listen_tcp
 MAX_BODY = 64 << 10
 REQUEST_S = 10.0
 CONNECTIONS = 64
+FOLDER_LOCK_S = 2.0
 DEFAULT_TIMEOUT_S = 30
 MAX_TIMEOUT_S = 86400
 
@@ -71,6 +73,37 @@ def listen_unix(path: Path, permissions: int) -> socket.socket:
     Raises:
         ConfigError: something else is there, another process serves it, or it cannot be made.
     """
+    with _alone_in(path.parent):
+        return _listen_unix(path, permissions)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep others of our kind from finding out at the same time that nobody serves a socket: each would replace that of the other.
+
+    Whoever may read the folder may hold the lock, so it is waited for a moment only.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield  # `bind` says why not
+        return
+    end = time.monotonic() + FOLDER_LOCK_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _listen_unix(path: Path, permissions: int) -> socket.socket:
     try:
         found = os.lstat(path)
     except OSError:

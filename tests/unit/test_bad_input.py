@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -155,3 +157,40 @@ def test_a_listener_without_descriptors_waits_and_serves_then() -> None:
     assert time.monotonic() - began >= 0.3  # it does not spin: a tenth of a second after each failure
     listener.close()
     assert Exhausted.tries < 10
+
+
+def test_of_two_that_begin_at_once_at_a_stale_socket_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    for _ in range(100):
+        with socket.socket(socket.AF_UNIX) as stale:
+            path.unlink(missing_ok=True)
+            stale.bind(str(path))
+        ready, made, refused = threading.Barrier(3), list[socket.socket](), list[ConfigError]()
+
+        def begin(ready: threading.Barrier = ready, made: list[socket.socket] = made, refused: list[ConfigError] = refused) -> None:
+            ready.wait()
+            try:
+                made.append(listen_unix(path, 0o600))
+            except ConfigError as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=begin) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(made), len(refused)) == (1, 2), refused
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(str(path))
+            made[0].accept()[0].close()
+        made[0].close()
+
+
+def test_whoever_holds_the_folders_lock_delays_the_socket_and_does_not_prevent_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.server.FOLDER_LOCK_S", 0.1)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    began = time.monotonic()
+    listen_unix(tmp_path / "s.sock", 0o600).close()
+    assert time.monotonic() - began >= 0.1
+    os.close(descriptor)
