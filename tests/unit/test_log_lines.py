@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,15 +18,6 @@ log = logging.getLogger("replicator.test")
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def same_logging_afterwards() -> Iterator[None]:
-    root = logging.getLogger("replicator")
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def said(kind: str, stream: io.StringIO, **options: bool) -> str:
