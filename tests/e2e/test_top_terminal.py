@@ -162,7 +162,7 @@ def test_json_for_scripts_of_our_daemon_and_of_litestreams(config: Path, name: s
         (row,) = found["databases"]
         assert (found["daemon"]["pid"], found["daemon"]["name"].lower()) == (process.pid, name)
         assert (row["path"], row["state"]) == (f"{config.parent}/a.db", "replicating")
-        assert row["wal_bytes"] > 0
+        assert row["wal_bytes"] > 0 or name == "litestream"  # which may just have emptied it
         assert row["txid"] >= 1
         assert (row["bytes_per_second"] is None) == (name == "litestream")
         lines = subprocess.run(
