@@ -19,18 +19,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
 
-from replicator.board import Board, Counts, LossWindow, State
+from replicator.board import Board, Counts, State
 from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
 from replicator.drills import DrillResult, DrillThread
 from replicator.engine import NotSynced
-from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageError, StorageUnavailable
+from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageError, StorageUnavailable, WaitTimeout
 from replicator.format.ltx import TXID, parse_txid
 from replicator.format.v3 import parse_index
 from replicator.formats import Format, writing
 from replicator.images import Images
 from replicator.keeper import HistoryCounts, Keeper
 from replicator.levels import History
+from replicator.losses import LossWindow
 from replicator.loop import EngineThread
 from replicator.outbox import OutFile
 from replicator.publish import IntegrityCheck
@@ -42,6 +43,7 @@ from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
 from replicator.v3restore import newest_first, restore_any
+from replicator.waiters import Waiter
 
 __all__ = ["ReplicaStatus", "Replicator", "Status", "restore"]
 
@@ -134,6 +136,8 @@ class Replicator:
         verify_interval_s: float | None = None,
         format: Format = "ltx",
         on_failure: Callable[[ReplicatorError], None] | None = None,
+        sync: Literal["interval", "commit"] = "interval",
+        names: Sequence[str] = (),
     ) -> None:
         """Prepare; `start` begins.
 
@@ -152,9 +156,12 @@ class Replicator:
             verify_interval_s: time between two drills, in which each replica is restored and compared with the page table; none when not given.
             format: "ltx", that of Litestream 0.5, or "v0.3", that of 0.3: generations with snapshots and WAL segments.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
+            sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
+            names: of the replicas, in order, for `wait(replicas=...)`; their kinds ("file", "s3") when not given.
 
         Raises:
-            ConfigError: no replica, a malformed URL, not as many histories as replicas, or drills in format v0.3.
+            ConfigError: no replica, a malformed URL, not as many histories or names as replicas, drills in format v0.3, or an interval with
+                `sync="commit"`.
         """
         if not replicas:
             raise ConfigError(f"must specify at least one replica URL for {path}")
@@ -171,8 +178,17 @@ class Replicator:
         histories = [history] * len(replicas) if isinstance(history, History) or history is None else list(history)
         if len(histories) != len(replicas):
             raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
+        self._names = list(names) or [client.kind for client in self._clients]
+        if len(self._names) != len(replicas):
+            raise ConfigError(f"{len(replicas)} replicas, but {len(self._names)} names for {path}")
+        if sync not in ("interval", "commit"):
+            raise ConfigError(f"sync must be interval or commit, not {sync!r}")
+        if sync == "commit" and sync_interval_s is not None:
+            raise ConfigError(f"sync_interval_s goes with sync='interval': {path}")
         remote = any(client.kind not in ("file", "memory") for client in self._clients)
         interval = sync_interval_s if sync_interval_s is not None else (REMOTE_INTERVAL_S if remote else LOCAL_INTERVAL_S)
+        if sync == "commit":
+            interval = 0.0
         self._engine = self._writing.engine(
             self._path,
             self._replicas,
@@ -183,7 +199,9 @@ class Replicator:
             force_snapshot=force_snapshot,
         )
         self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
-        self._loop = EngineThread(self._engine, self._board, self._path, interval_s=interval, poll_s=poll_interval_s)
+        self._loop = EngineThread(
+            self._engine, self._board, self._path, interval_s=interval, poll_s=poll_interval_s, at_once=sync == "commit"
+        )
         self._recent = RecentFiles()
         self._images = Images(self._make_image)
         self._histories = histories
@@ -277,9 +295,7 @@ class Replicator:
         except ReplicatorError as error:
             failure = error
         finally:
-            with board.changed:
-                board.stop = True
-                board.changed.notify_all()
+            board.end()
             self._engine.abandon_snapshots("replication stops")
             end = max(end, time.monotonic() + 1.0)
             for thread in self._threads:
@@ -318,7 +334,7 @@ class Replicator:
 
         Args:
             txid: wait for this TXID instead.
-            replicas: "all", "any", or the URLs of those that must have it.
+            replicas: "all", "any", or which of them must have it: their URLs, or names as in the configuration ("s3" for the only one in S3).
             timeout_s: give up after so many seconds.
 
         Returns:
@@ -328,21 +344,54 @@ class Replicator:
             WaitTimeout: not stored in time; it may be stored later.
             ReplicatorError: replication has failed, for the reason that it names.
         """
+        waiter = self._waiter(txid, replicas)
+        try:
+            return waiter.future.result(timeout_s)
+        except TimeoutError:
+            if waiter.future.done():  # at this very moment
+                return waiter.future.result()
+            raise WaitTimeout(self._board.missing(waiter)) from None
+        finally:
+            self._board.forget(waiter)
+
+    async def wait_async(
+        self, txid: int | None = None, *, replicas: Literal["all", "any"] | Collection[str] = "all", timeout_s: float | None = None
+    ) -> TXID:
+        """Do what `wait` does without blocking the event loop: no thread waits meanwhile, however many tasks do.
+
+        A task that is cancelled stops waiting; what it waited for is stored all the same.
+        """
+        import asyncio
+
+        waiter = self._waiter(txid, replicas)
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await asyncio.wrap_future(waiter.future)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise WaitTimeout(self._board.missing(waiter)) from None
+        finally:
+            self._board.forget(waiter)
+
+    def _waiter(self, txid: int | None, replicas: Literal["all", "any"] | Collection[str]) -> Waiter:
         self._check_process()
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        wanted = {replicas} if isinstance(replicas, str) else set(replicas)
-        asked = self._replicas if replicas in ("all", "any") else [replica for replica in self._replicas if replica.url in wanted]
-        if not asked or (replicas not in ("all", "any") and len(asked) < len(wanted)):
-            raise ConfigError(f"no such replica: {', '.join(sorted(wanted))}; there are {', '.join(item.url for item in self._replicas)}")
-        enough = any if replicas == "any" else all
+        asked = self._replicas if replicas in ("all", "any") else self._named({replicas} if isinstance(replicas, str) else replicas)
+        return self._board.wait_for(asked, any_of_them=replicas == "any", txid=None if txid is None else TXID(txid))
 
-        def pending() -> str:
-            states = [f"{item.url} has TXID {item.txid:016x}" + (f", {item.error}" if item.error else "") for item in asked]
-            return "; ".join([*([self._board.error] if self._board.error else []), *states])
-
-        goal = txid if txid is not None else self._board.ask(end, pending)
-        self._board.until(lambda: enough(replica.txid >= goal for replica in asked), end, pending)
-        return TXID(goal)
+    def _named(self, wanted: Collection[str]) -> list[Replica]:
+        """Return the replicas with these URLs, or names. Raises `ConfigError` when there is none, or more than one, of a name."""
+        found: dict[Replica, None] = {}
+        for name in wanted:
+            fitting = [replica for replica in self._replicas if replica.url == name]
+            fitting = fitting or [item for item, given in zip(self._replicas, self._names, strict=True) if given == name]
+            if len(fitting) != 1:
+                there = ", ".join(f"{given} ({item.url})" for item, given in zip(self._replicas, self._names, strict=True))
+                raise ConfigError(f"{'several replicas are named' if fitting else 'no such replica:'} {name!r}; there are {there}")
+            found[fitting[0]] = None
+        if not found:
+            raise ConfigError("wait for no replica at all", hint="name one, or give replicas='all'")
+        return list(found)
 
     def capture(self, *, timeout_s: float | None = None) -> TXID:
         """Read everything that was committed before the call; on return it is on one replica, or staged on the local disk.

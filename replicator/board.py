@@ -19,30 +19,19 @@ from typing import Literal
 
 from replicator.errors import DatabaseNotFound, DatabaseStateError, ReplicatorError, WaitTimeout
 from replicator.format.ltx import TXID
+from replicator.losses import LossWindow, Windows
 from replicator.outbox import Entry
 from replicator.replica import Replica
+from replicator.waiters import Waiter
 
-__all__ = ["Board", "Counts", "LossWindow", "State"]
+__all__ = ["Board", "Counts", "State"]
 
 State = Literal["starting", "replicating", "degraded", "failed", "stopped"]
 
 OUTBOX_BYTES = 32 << 20
 MAX_TIMES = 4096
-RECENT = 1024
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LossWindow:
-    """How long commits of the last `count` TXIDs (1024 at most) were on this machine alone: seconds from the commit, at the latest, until stored."""
-
-    p50_s: float = 0.0
-    p99_s: float = 0.0
-    max_s: float = 0.0
-    count: int = 0
-    total: int = 0
-    total_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -56,27 +45,6 @@ class Counts:
     checkpoint_tries: int = 0
     checkpoint_failures: int = 0
     checkpoint_s: float = 0.0
-
-
-class _Windows:
-    """The loss windows of one replica."""
-
-    def __init__(self) -> None:
-        self.counted = TXID(0)
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._total, self._total_s = 0, 0.0
-
-    def add(self, seconds: float) -> None:
-        self._recent.append(seconds)
-        self._total += 1
-        self._total_s += seconds
-
-    def value(self) -> LossWindow:
-        if not self._recent:
-            return LossWindow()
-        ordered = sorted(self._recent)
-        last = len(ordered) - 1
-        return LossWindow(ordered[last // 2], ordered[math.ceil(last * 0.99)], ordered[-1], len(ordered), self._total, self._total_s)
 
 
 class Board:
@@ -108,11 +76,14 @@ class Board:
         """Longest time between two tries of an upload."""
         self.history_is_asked = False
         """Somebody waits for what is due of the history."""
+        self._asked_at: datetime | None = None
         self._looked_at: datetime | None = None
         self._on_failure = on_failure
-        self._windows = {replica: _Windows() for replica in replicas}
-        self._asked = self._answered = 0
-        self._answered_txid = TXID(0)
+        self._windows = {replica: Windows() for replica in replicas}
+        self._counted = dict.fromkeys(replicas, TXID(0))
+        self._asked = self._answered = self._read = 0
+        self._answered_txid = self._read_txid = TXID(0)
+        self._waiters: dict[Waiter, None] = {}  # in the order in which they came
         self._outbox: deque[Entry] = deque()
         self._since: dict[TXID, float] = {}
         self._staging_limit = staging_limit_bytes
@@ -129,8 +100,7 @@ class Board:
         with self.changed:
             self._outbox.extend(staged)
             self.given_out = txid
-            for windows in self._windows.values():
-                windows.counted = txid
+            self._counted = dict.fromkeys(self.replicas, txid)
             self.state = "replicating"
             self.changed.notify_all()
 
@@ -197,15 +167,16 @@ class Board:
     def note_stored(self, replica: Replica) -> None:
         """A replica has taken something: note how long that was on this machine alone."""
         with self.changed:
-            windows, now = self._windows[replica], time.monotonic()
+            windows, counted, now = self._windows[replica], self._counted[replica], time.monotonic()
+            self._release()
             for txid, since in self._since.items():
-                if windows.counted < txid <= replica.txid:
+                if counted < txid <= replica.txid:
                     windows.add(now - since)
-            windows.counted = max(windows.counted, replica.txid)
+            self._counted[replica] = max(counted, replica.txid)
             self._note_synced()
 
     def _note_synced(self) -> None:
-        if self._looked_at is not None and all(item.online and item.txid >= self._answered_txid for item in self.replicas):
+        if self._looked_at is not None and all(item.online and item.txid >= self._read_txid for item in self.replicas):
             self.synced_at = self._looked_at
 
     def loss_window(self, replica: Replica) -> LossWindow:
@@ -235,18 +206,27 @@ class Board:
         return self._asked != self._answered
 
     def question(self) -> int:
-        """Return what `answer` takes: all that was asked before this call."""
+        """Return what `read` and `answer` take: all that was asked before this call."""
         with self.changed:
+            self._asked_at = datetime.now(UTC)
             return self._asked
 
+    def read(self, question: int, txid: TXID) -> None:
+        """Everything that was committed before the last `question` is in TXIDs up to `txid`. They may not be handed out yet."""
+        with self.changed:
+            if self.error is not None:
+                self.error = self.gone = None
+                self.changed.notify_all()
+            self._read, self._read_txid, self._looked_at = question, txid, self._asked_at
+            self._release()
+            self._note_synced()
+
     def answer(self, question: int, txid: TXID) -> None:
-        """Everything that was committed before `question` is in TXIDs up to `txid`."""
+        """What was `read` is on a replica now, or staged."""
         with self.changed:
             is_news = self.error is not None or (question, txid) != (self._answered, self._answered_txid)
             self.error = self.gone = None
             self._answered, self._answered_txid = question, txid
-            self._looked_at = datetime.now(UTC)
-            self._note_synced()
             if is_news:  # a look at a database at rest wakes nobody
                 self.changed.notify_all()
 
@@ -258,6 +238,59 @@ class Board:
             self.changed.notify_all()
             self.until(lambda: self._answered >= mine, end, pending)
             return self._answered_txid
+
+    # -- waiting -----------------------------------------------------------------------------------------------------------------
+
+    def wait_for(self, replicas: Sequence[Replica], *, any_of_them: bool, txid: TXID | None) -> Waiter:
+        """Return a waiter for a TXID, or for everything that was committed before the call. Its owner must `forget` it in the end."""
+        waiter = Waiter(replicas, any_of_them=any_of_them, goal=txid)
+        with self.changed:
+            if txid is None:
+                self._asked += 1
+                waiter.question = self._asked
+                self.changed.notify_all()
+            self._waiters[waiter] = None
+            self._release_one(waiter)
+        return waiter
+
+    def forget(self, waiter: Waiter) -> None:
+        """Nobody waits any more."""
+        with self.changed:
+            self._waiters.pop(waiter, None)
+
+    def missing(self, waiter: Waiter) -> str:
+        """Say what a waiter waits for, and why it is not there."""
+        with self.changed:
+            return "; ".join(filter(None, [self.error, waiter.missing()]))
+
+    def _release(self) -> None:
+        for waiter in list(self._waiters):
+            self._release_one(waiter)
+
+    def _release_one(self, waiter: Waiter) -> None:
+        if waiter.goal is None and 0 < waiter.question <= self._read:
+            waiter.goal = self._read_txid
+        failure = None if waiter.is_stored() else self._failure()
+        if failure is not None or waiter.is_stored():
+            del self._waiters[waiter]
+            waiter.complete(failure)
+
+    def _failure(self) -> ReplicatorError | None:
+        """Return why waiting is of no use."""
+        if self.fatal is not None:
+            return self.fatal
+        if self.gone is not None:
+            return self.gone
+        if self.stop or self.state == "stopped":
+            return DatabaseStateError(f"replication of {self.path} is stopped")
+        return None
+
+    def end(self) -> None:
+        """Let all threads end, and all waiters."""
+        with self.changed:
+            self.stop = True
+            self._release()
+            self.changed.notify_all()
 
     def until(self, holds: Callable[[], bool], end: float | None, pending: Callable[[], str]) -> None:
         """Wait for a condition.
@@ -272,12 +305,8 @@ class Board:
         """
         with self.changed:
             while not holds():
-                if self.fatal is not None:
-                    raise self.fatal
-                if self.gone is not None:
-                    raise self.gone
-                if self.stop or self.state == "stopped":
-                    raise DatabaseStateError(f"replication of {self.path} is stopped")
+                if (failure := self._failure()) is not None:
+                    raise failure
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     raise WaitTimeout(pending())
@@ -293,6 +322,7 @@ class Board:
             self.error = str(error)
             if isinstance(error, DatabaseNotFound):  # what was committed and not read is gone with it: waiters must know
                 self.gone = error
+                self._release()
             self.changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -308,6 +338,7 @@ class Board:
             first = self.fatal is None
             if first:
                 self.error, self.fatal, self.state = str(failure), failure, "failed"
+                self._release()
             self.changed.notify_all()
         if first and self._on_failure is not None:
             self._on_failure(failure)

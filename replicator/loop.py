@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -19,20 +20,26 @@ IDLE_POLL_S = 60.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)
 STAGE_AFTER_S = 1.0
 MAX_STEPS = 10_000
+BUSY_LOOKS = 8
+LATE_EVENT_S = 1.0
+FREE_LOOKS, FIRST_PAUSE_S, LAST_PAUSE_S = 3, 0.001, 0.05
 TEMPORARY = (ReplicatorError, OSError, sqlite3.Error)
 
 
 class EngineThread:
     """Drives one engine. Wakes on questions, on file events, and by polling where there are none."""
 
-    def __init__(self, engine: Engine, board: Board, path: Path, *, interval_s: float, poll_s: float) -> None:
+    def __init__(self, engine: Engine, board: Board, path: Path, *, interval_s: float, poll_s: float, at_once: bool = False) -> None:
+        """`at_once`: look at each file event, and again after each upload, instead of once in an interval."""
         self._engine, self._board = engine, board
-        self._interval, self._poll = interval_s, poll_s
+        self._interval, self._poll, self._at_once = interval_s, poll_s, at_once
+        self._wal = Path(f"{path}-wal")
         self._watch = Watch(path, self._wake)
         self._woken = False
         self._woken_at = 0.0
         self._clear_at = time.monotonic()  # everything committed before is read
         self._unsettled: Entry | None = None
+        self._full_looks = self._empty_looks = 0  # how many of the last ones, in a row, found something, and nothing
 
     def run(self) -> None:
         """Body of the thread."""
@@ -61,7 +68,8 @@ class EngineThread:
                 if woken and self._watch.armed:  # nothing happened before the first event
                     self._clear_at = max(self._clear_at, self._woken_at)
             if self._watch.armed and woken:
-                self._watch.disarm()
+                if not self._at_once or self._full_looks >= BUSY_LOOKS:
+                    self._watch.disarm()
                 last_news = time.monotonic()
             last_sync = time.monotonic()
             try:
@@ -78,14 +86,20 @@ class EngineThread:
                     board.changed.wait_for(lambda: board.ends, RETRY_S[min(failures, len(RETRY_S)) - 1])
                 continue
             failures = 0
+            self._full_looks, self._empty_looks = (self._full_looks + 1, 0) if news else (0, self._empty_looks + 1)
+            is_quiet = time.monotonic() - last_news > QUIET_S
             if news:
                 last_news = time.monotonic()
-            elif time.monotonic() - last_news > QUIET_S and not self._watch.armed and self._watch.arm():
-                self._engine.rest()
+            elif (is_quiet or self._at_once) and not self._watch.armed and self._watch.arm():
+                if is_quiet:
+                    self._engine.rest()
                 # Look once more: something may have happened before the watch was armed.
                 with board.changed:
                     self._woken = False
-                last_news = time.monotonic() - QUIET_S - 1 if self._is_quiet() else time.monotonic()
+                if not self._is_quiet():
+                    last_news = time.monotonic()
+                elif is_quiet:
+                    last_news = time.monotonic() - QUIET_S - 1
 
     def _is_quiet(self) -> bool:
         try:
@@ -96,10 +110,21 @@ class EngineThread:
     def _wake(self) -> None:
         with self._board.changed:
             if not self._woken:
-                self._woken, self._woken_at = True, time.monotonic()
-            self._board.changed.notify_all()
+                self._woken, self._woken_at = True, self._written_at()
+                self._board.changed.notify_all()
+
+    def _written_at(self) -> float:
+        """Return when the commit was made that an event tells of: the event may come late, and the WAL has a time of its own."""
+        try:
+            age_s = time.time() - os.stat(self._wal).st_mtime
+        except OSError:
+            age_s = 0.0
+        return time.monotonic() - (age_s if 0 < age_s < LATE_EVENT_S else 0.0)  # else the event was the database file's
 
     def _next_due(self, now: float, last_sync: float, last_news: float) -> float:
+        if self._at_once and (self._woken or (self._full_looks and not self._watch.armed)):
+            # A transaction that is not committed yet may write a lot, and so may a checkpoint: such events come ever more slowly.
+            return last_sync + (min(FIRST_PAUSE_S * 2**excess, LAST_PAUSE_S) if (excess := self._empty_looks - FREE_LOOKS) >= 0 else 0.0)
         if self._woken:
             return last_sync + self._interval
         if self._watch.armed:
@@ -120,6 +145,8 @@ class EngineThread:
             began = time.monotonic()
             entry = engine.advance()
             board.counts.sync_s += time.monotonic() - began
+            if engine.at_end:
+                board.read(question, engine.txid)
             if entry is not None:
                 news = True
                 board.counts.wal_bytes += sum(file.size for file in entry.files)

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from replicator.board import Board, LossWindow
+from replicator.board import Board
 from replicator.errors import ReplicatorError
 from replicator.format.ltx import TXID
+from replicator.losses import LossWindow
 
 
 class Stub(SimpleNamespace):
@@ -44,17 +45,17 @@ def test_the_loss_window_begins_with_the_commit_and_counts_each_txid_once() -> N
 def test_synced_is_the_look_after_which_every_replica_had_everything() -> None:
     replica, slow = Stub(txid=TXID(1), online=True), Stub(txid=TXID(0), online=True)
     found = board(replica, slow)
-    found.answer(found.question(), TXID(1))
+    found.read(found.question(), TXID(1))
     assert found.synced_at is None
     slow.txid = TXID(1)
     found.note_stored(slow)  # type: ignore[arg-type]
     first = found.synced_at
     assert first is not None
     slow.online = False
-    found.answer(found.question(), TXID(1))
+    found.read(found.question(), TXID(1))
     assert found.synced_at == first
     slow.online = True
-    found.answer(found.question(), TXID(1))
+    found.read(found.question(), TXID(1))
     assert found.synced_at is not None
     assert found.synced_at > first
 
