@@ -31,8 +31,8 @@ from replicator.formats import Format, writing
 from replicator.images import Images
 from replicator.keeper import HistoryCounts, Keeper
 from replicator.levels import History
-from replicator.losses import LossWindow
 from replicator.loop import EngineThread
+from replicator.losses import LossWindow
 from replicator.outbox import OutFile
 from replicator.publish import IntegrityCheck
 from replicator.recent import RecentFiles

@@ -215,6 +215,7 @@ def test_wait_returns_with_the_store_and_not_with_the_page_table(tmp_path: Path)
     engine = Replicator(database, url, history=None, sync_interval_s=3600).start()
     insert(application, 1)
     engine.wait(timeout_s=TIMEOUT_S)
+    until(lambda: not engine._board.is_asked)
     settled, reached = threading.Event(), threading.Event()
     settle = engine._engine.settled
     engine._engine.settled = lambda entry: (reached.set(), settled.wait(TIMEOUT_S), settle(entry))  # type: ignore[assignment,func-returns-value]
