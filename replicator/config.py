@@ -130,7 +130,7 @@ class ReplicaSettings:
 class DatabaseSettings:
     """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off.
 
-    `format`: in which all its replicas are written.
+    `format`: in which all its replicas are written. `sync`: "commit" uploads commits at once, whatever `sync_interval_s` of a replica says.
     """
 
     path: Path
@@ -143,6 +143,7 @@ class DatabaseSettings:
     verify_interval_s: float | None = None
     restore_if_db_not_exists: bool = False
     format: Format = "ltx"
+    sync: Literal["interval", "commit"] = "interval"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,7 @@ _DATABASE_ELSEWHERE = {
 _DATABASE_OWN = frozenset(
     [
         "path", "meta-path", "monitor-interval", "checkpoint-interval", "busy-timeout", "min-checkpoint-page-count", "verify-interval",
-        "restore-if-db-not-exists", "snapshot", "format", "replica", "replicas", *_DIRECTORY,
+        "restore-if-db-not-exists", "snapshot", "format", "sync", "replica", "replicas", *_DIRECTORY,
     ]
 )  # fmt: skip
 
@@ -457,6 +458,9 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
     intervals = {item.sync_interval_s for item in replicas}
     if len(intervals) > 1:
         entry.reader.warn(tables[0].place, f"{entry.where}: the shortest sync-interval holds for all replicas of a database")
+    sync = entry.text("sync")
+    if sync not in (None, "interval", "commit"):
+        entry.fail("sync", "must be interval or commit")
     return DatabaseSettings(
         path=path,
         replicas=replicas,
@@ -468,6 +472,7 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
         verify_interval_s=verify_interval,
         restore_if_db_not_exists=bool(entry.boolean("restore-if-db-not-exists")),
         format=form,
+        sync="commit" if sync == "commit" else "interval",
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
@@ -17,8 +18,9 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
-    SummaryMetricFamily,
 )
+
+from replicator.losses import BOUNDS_S as LOSS_BOUNDS_S
 
 if TYPE_CHECKING:
     from replicator.storage.measured import Operations
@@ -129,7 +131,8 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
     synced = GaugeMetricFamily("pyrepl_synced_timestamp_seconds", "All older commits are on every replica, since 1970.", labels=["db"])
     labels = ["db", "replica"]
     lag = GaugeMetricFamily("pyrepl_replica_lag_seconds", "Age of the oldest commit that a replica lacks.", labels=labels)
-    window = SummaryMetricFamily("pyrepl_loss_window_seconds", "How long commits were on this machine alone.", labels=labels)
+    window = HistogramMetricFamily("pyrepl_loss_window_seconds", "How long commits were on this machine alone, at most.", labels=labels)
+    recent = GaugeMetricFamily("pyrepl_loss_window_recent_seconds", "The same, of the last TXIDs.", labels=[*labels, "quantile"])
     newest = GaugeMetricFamily("pyrepl_replica_txid", "Newest TXID on a replica.", labels=labels)
     failing = GaugeMetricFamily("pyrepl_replica_failing", "1 while uploads to a replica fail.", labels=labels)
     problems = GaugeMetricFamily("pyrepl_history_problems", "What cannot be done of compaction, images and retention.", labels=labels)
@@ -166,9 +169,10 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
             key = [db, item.url]
             lag.add_metric(key, item.lag_s)
             losses = item.loss_window
-            window.add_metric(key, losses.total, losses.total_s)
-            for quantile, value in (("0.5", losses.p50_s), ("0.99", losses.p99_s), ("1", losses.max_s)):
-                window.add_sample("pyrepl_loss_window_seconds", {"db": db, "replica": item.url, "quantile": quantile}, value)
+            if losses.count:
+                window.add_metric(key, _buckets(LOSS_BOUNDS_S, losses.slots), losses.total_s)
+                for quantile, value in (("0.5", losses.p50_s), ("0.99", losses.p99_s), ("1", losses.max_s)):
+                    recent.add_metric([*key, quantile], value)
             newest.add_metric(key, item.txid)
             failing.add_metric(key, float(item.error is not None))
             problems.add_metric(key, len(item.problems))
@@ -188,6 +192,7 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
         synced,
         lag,
         window,
+        recent,
         newest,
         failing,
         problems,
@@ -210,12 +215,15 @@ def _operations(operations: Operations) -> Iterator[Metric]:
     for (backend, kind), item in sorted(operations.kinds().items()):
         total.add_metric([backend, kind], item.count)
         sizes.add_sample("litestream_replica_operation_bytes", {"replica_type": backend, "operation": kind}, item.size_bytes)
-        sums = [sum(item.slots[: at + 1]) for at in range(len(item.slots))]
-        bounds = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
-        times.add_metric([backend, kind], list(zip(bounds, sums, strict=True)), item.seconds)
+        times.add_metric([backend, kind], _buckets(BUCKETS_S, item.slots), item.seconds)
         for code, count in sorted(item.errors.items()):
             errors.add_metric([backend, kind, code], count)
     yield from (total, sizes, times, errors)
+
+
+def _buckets(bounds: Sequence[float], slots: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the buckets of a histogram, each with all that does not exceed its bound."""
+    return list(zip([*(f"{bound:g}" for bound in bounds), "+Inf"], map(float, accumulate(slots)), strict=True))
 
 
 def _size(path: str) -> float:

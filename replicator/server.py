@@ -33,6 +33,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from replicator import __version__
 from replicator.errors import ConfigError
+from replicator.losses import LossWindow
 from replicator.overview import Overview
 from replicator.storage.measured import Operations
 from replicator.store import FAILURES, Member, Store
@@ -510,6 +511,8 @@ def _synced(member: Member) -> dict[str, object]:
         lag_s = max((item.lag_s for item in status.replicas), default=0.0)
         if lag_s:
             found |= {"active": True, "operation": "sync", "elapsed_seconds": round(lag_s, 6)}
+        if losses := {item.url: _window(item.loss_window) for item in status.replicas if item.loss_window.count}:
+            found["loss_window"] = losses
         if status.synced_at is not None:
             found["updated_at"] = _time(status.synced_at)
         if status.wal_size_bytes:
@@ -517,6 +520,12 @@ def _synced(member: Member) -> dict[str, object]:
     if (problem := member.problem) is not None:
         found["error"] = problem
     return found
+
+
+def _window(window: LossWindow) -> dict[str, object]:
+    """What the peer has no word for: how long commits were on this machine alone."""
+    seconds = {"p50_seconds": window.p50_s, "p99_seconds": window.p99_s, "max_seconds": window.max_s}
+    return {**{key: round(value, 6) for key, value in seconds.items()}, "txids": window.count}
 
 
 # -- metrics and health ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     log_warnings(config)
     wanted = _path(arguments[0]) if arguments else None
     rows = []
+    losses = _losses(config)
     for item in config.databases:
         if wanted in (None, item.path):
             state, txid = _state(item.path, _meta_path(config, item.path))
@@ -47,10 +48,37 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
             rows.append([os.fspath(item.path), state, txid, "-" if state == "no database" else _size_text(_size(wal))])
     if flags.get("json") == "true":
         keys = ("database", "status", "local_txid", "wal_size")
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        found = [dict[str, object](zip(keys, row, strict=True)) for row in rows]
+        print(
+            json.dumps(
+                [{**row, **({"loss_window": losses[row["database"]]} if row["database"] in losses else {})} for row in found], indent=2
+            )
+        )
     else:
         table(["database", "status", "local txid", "wal size"], rows)
+        windows = [_window_row(database, url, window) for database, *_ in rows for url, window in losses.get(database, {}).items()]
+        if windows:
+            print("\nOn this machine alone, of the last transactions, at most:")
+            table(["database", "replica", "p50", "p99", "max", "txids"], windows)
     return 0
+
+
+def _losses(config: Config) -> Mapping[object, Mapping[str, Mapping[str, float]]]:
+    """Ask the daemon, where one of ours serves the configuration's socket, how long commits were on this machine alone."""
+    from replicator.cli.control import ask_daemon
+
+    if not config.daemon.socket.enabled:
+        return {}
+    try:
+        answer, _ = ask_daemon(config.daemon.socket.path, "/debug/sync-status", timeout_s=2.0)
+        return {item["path"]: item["loss_window"] for item in answer["databases"] if "loss_window" in item}
+    except (ReplicatorError, KeyError, TypeError):  # nobody is there, or somebody who does not measure it
+        return {}
+
+
+def _window_row(database: str, url: str, window: Mapping[str, float]) -> list[str]:
+    times = [f"{window[f'{name}_seconds']:.3f} s" for name in ("p50", "p99", "max")]
+    return [database, url, *times, str(window["txids"])]
 
 
 def _state(path: Path, meta_path: Path) -> tuple[str, str]:

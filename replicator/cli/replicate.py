@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, load_config, log_warnings
 from replicator.cli.output import EXIT_FAILED, log_to
@@ -36,7 +36,7 @@ def replicate(flags: dict[str, str], arguments: list[str]) -> int:
             raise UsageError("cannot specify a replica URL and the -config flag")
         log_to(sys.stdout, flags.get("log-level", "info"))
         return _run(flags, None, arguments)
-    for name in ("sync-interval", "meta-path", "format"):
+    for name in ("sync-interval", "sync", "meta-path", "format"):
         if name in flags:
             raise UsageError(f"-{name} goes with a database and URLs; the configuration file has its own key for it")
     config = load_config(flags)
@@ -113,7 +113,11 @@ def _from_arguments(
     from replicator.storage.measured import measured
     from replicator.store import Member, Prepared
 
-    interval = duration_flag(flags, "sync-interval")
+    interval, sync = duration_flag(flags, "sync-interval"), flags.get("sync", "interval")
+    if sync not in ("interval", "commit"):
+        raise UsageError(f"invalid value for -sync: {sync!r} (interval or commit)")
+    if sync == "commit" and interval is not None:
+        raise UsageError("cannot specify -sync-interval with -sync commit")
 
     def prepare() -> Prepared:
         clients = [measured(open_client(url), operations) for url in urls]
@@ -122,6 +126,7 @@ def _from_arguments(
             *clients,
             meta_path=flags.get("meta-path"),
             sync_interval_s=interval,
+            sync=cast('Literal["interval", "commit"]', sync),
             force_snapshot=options.force_snapshot,
             history=History() if options.keeps_history else None,
             format=cast("Format", flags.get("format", "ltx")),  # Replicator looks at it
@@ -135,16 +140,17 @@ def _from_arguments(
 COMMAND = Command(
     f"pyrepl replicate [-once [-force-snapshot] [-enforce-retention]] [-exec COMMAND] [-restore-if-db-not-exists] [-log-level L]\n"
     f"                        {CONFIG_FLAGS}\n"
-    "       pyrepl replicate [...] [-sync-interval D] [-meta-path PATH] [-format v0.3] DB URL...",
+    "       pyrepl replicate [...] [-sync-interval D | -sync commit] [-meta-path PATH] [-format v0.3] DB URL...",
     "Replicate databases until stopped: those of the configuration file, or one.\n\n-once: store what is committed now, then exit.\n"
     "-force-snapshot: with -once, store a full image; begin anew where a replica has lost its files.\n"
     "-enforce-retention: with -once, merge, take images and delete what is due of it.\n"
     "-exec: run the application, too; when it ends everything is stored, and its exit code is ours.\n"
     "-restore-if-db-not-exists: restore a database that is missing before it is replicated.\n"
+    "-sync commit: upload each commit at once, instead of once in an interval.\n"
     "-format: ltx, or v0.3 for fleets that still restore with Litestream 0.3.\n"
     "-config: the file, instead of $LITESTREAM_CONFIG or /etc/litestream.yml.  -no-expand-env: leave $NAME in it alone.\n"
     "-lenient: keys that nobody knows, and durations without a unit, are warnings.",
     ("once", "force-snapshot", "enforce-retention", "restore-if-db-not-exists", *CONFIG_SWITCHES),
-    ("exec", "sync-interval", "meta-path", "format", "log-level", "timeout", *CONFIG_OPTIONS),
+    ("exec", "sync-interval", "sync", "meta-path", "format", "log-level", "timeout", *CONFIG_OPTIONS),
     replicate,
 )

@@ -259,7 +259,7 @@ def test_what_did_not_get_through_is_said_and_the_exit_code_is_not_zero(tmp_path
         assert time.monotonic() - began < 8
     (line,) = [line for line in daemon.seen if "not everything was stored" in line]
     assert f"db={tmp_path}/a.db" in line
-    assert "has TXID 0000000000000001" in line
+    assert "lacks TXID 0000000000000002 (it has 0000000000000001" in line
     (tmp_path / "r-a").unlink()
     (tmp_path / "away").rename(tmp_path / "r-a")
     with running("-once", "-config", config) as daemon:
@@ -385,6 +385,10 @@ def test_metrics_and_health_with_one_broken_database(tmp_path: Path, database: s
             f'pyrepl_loss_window_seconds_count{{{a},replica="file://{tmp_path}/r-a"}} 2.0',
         ):
             assert line in text.splitlines()
+        assert f'pyrepl_loss_window_seconds_bucket{{{a},le="+Inf",replica="file://{tmp_path}/r-a"}} 2.0' in text.splitlines()
+        quantiles = [float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"pyrepl_loss_window_recent_seconds{{{a},")]
+        assert len(quantiles) == 3
+        assert 0 < quantiles[0] <= quantiles[1] <= quantiles[2] < 60
         assert 'litestream_replica_operation_total{operation="PUT",replica_type="file"}' in text
         assert get(f"{url}/healthz") == (200, "ok\n")
         status, text = get(f"{url}/readyz")
@@ -491,3 +495,27 @@ def test_log_lines_are_json_where_that_is_asked_for(tmp_path: Path, database: sq
     assert error.keys() == {"time", "level", "msg", "db", "error"}
     assert (error["msg"], error["db"]) == ("cannot replicate", f"{tmp_path}/b.db")
     assert error["error"] == f"database does not exist: {tmp_path}/b.db"
+
+
+def test_each_commit_is_stored_at_once_and_status_shows_the_loss_window(tmp_path: Path, database: sqlite3.Connection) -> None:
+    config = configure(tmp_path, "a", top=f"socket: {{enabled: true, path: {tmp_path}/s.sock}}", a="    sync: commit\n")
+    config.write_text(config.read_text().replace(f"{{path: {tmp_path}/r-a}}", f"{{path: {tmp_path}/r-a, sync-interval: 1h}}"))
+    with running("-config", config) as daemon:
+        until_stored(tmp_path, 1)
+        for txid in (2, 3):
+            insert(database, 3)
+            until_stored(tmp_path, txid)
+        command = [sys.executable, "-m", "replicator", "status", "-config", str(config)]
+
+        def status(*flags: str) -> str:
+            return subprocess.run([*command, *flags], capture_output=True, text=True, check=True, timeout=30).stdout
+
+        [row] = json.loads(status("-json"))
+        window = row["loss_window"][f"file://{tmp_path}/r-a"]
+        assert window["txids"] == 3
+        assert 0 < window["p50_seconds"] <= window["p99_seconds"] <= window["max_seconds"] < 60
+        assert "On this machine alone" in status()
+        daemon.send(signal.SIGTERM)
+        assert daemon.end() == 0
+        assert "On this machine alone" not in status()
+        assert "loss_window" not in status("-json")

@@ -70,7 +70,7 @@ def test_the_smallest_file_has_the_engines_defaults() -> None:
 def test_every_key_of_a_database() -> None:
     found = database(
         "meta-path: ~/m, monitor-interval: 2s, checkpoint-interval: 0s, busy-timeout: 500ms, min-checkpoint-page-count: 10, "
-        "verify-interval: 24h, restore-if-db-not-exists: yes"
+        "verify-interval: 24h, restore-if-db-not-exists: yes, sync: commit"
     )
     assert found == DatabaseSettings(
         path=Path("/srv/a.db"),
@@ -82,6 +82,7 @@ def test_every_key_of_a_database() -> None:
         min_checkpoint_pages=10,
         verify_interval_s=86400.0,
         restore_if_db_not_exists=True,
+        sync="commit",
     )
 
 
@@ -715,3 +716,9 @@ def test_an_unknown_format_and_drills_in_that_of_0_3_are_refused() -> None:
     refused(of_replicas("format: [v0.3]"), "must be text")
     refused(of_replicas("", own="format: v0.3, verify-interval: 1h,"), "has no drills")
     refused("format: v0.3\n" + of_replicas(""), "format")
+
+
+def test_the_pacing_is_one_of_two() -> None:
+    assert database("sync: interval").sync == "interval"
+    refused(of_replicas("", own="sync: 1s,"), "must be interval or commit")
+    refused("sync: commit\n" + of_replicas(""), "sync")
