@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import control, convert, databases, generations, history, local, ltx, replicate, restore, top, verify
+from replicator.cli import certify, control, convert, databases, generations, history, local, ltx, replicate, restore, top, verify
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -87,6 +87,7 @@ COMMANDS = {
     "snapshots": generations.SNAPSHOTS,
     "wal": generations.WAL,
     "convert": convert.COMMAND,
+    "certify": certify.COMMAND,
     "databases": databases.COMMAND,
     **local.COMMANDS,
     **control.COMMANDS,
