@@ -475,6 +475,10 @@ class Replicator:
                 engine.pinned_s,
             )
 
+    def reached(self) -> tuple[TXID, TXID]:
+        """Return the newest TXID that was read, and the newest that every replica has: two of the things in `status`, at next to no cost."""
+        return self._engine.txid, min((replica.txid for replica in self._replicas), default=TXID(0))
+
     def raw_files(self) -> dict[str, int]:
         """Count the first replica's raw files, as far as this process knows: "eligible" for deletion, "not_compacted", "too_recent"."""
         history, found = self._histories[0], {"eligible": 0, "not_compacted": 0, "too_recent": 0}

@@ -386,11 +386,10 @@ class Control:
         replicator = member.replicator
         if replicator is None:
             raise _Refused(409, f"database not open: {fields['path']}", member.problem)
-        before, timeout_s = replicator.status().txid, _timeout(fields)
+        (before, _), timeout_s = replicator.reached(), _timeout(fields)
         txid = replicator.wait(timeout_s=timeout_s) if fields["wait"] else replicator.capture(timeout_s=timeout_s)
         status = "no_change" if txid <= before else "synced" if fields["wait"] else "synced_local"
-        stored = min((item.txid for item in replicator.status().replicas), default=0)
-        return {"status": status, "path": fields["path"], "txid": txid, "replicated_txid": stored}
+        return {"status": status, "path": fields["path"], "txid": txid, "replicated_txid": replicator.reached()[1]}
 
     def _register(self, request: Request) -> Mapping[str, object]:
         fields = _fields(request, path=str, replica_url=str)
