@@ -247,6 +247,9 @@ def test_each_commit_is_uploaded_at_once_and_a_database_at_rest_is_left_alone(tm
         window = engine.status().replicas[0].loss_window
         assert window.total == before + 20
         assert window.p50_s < 0.5  # at the default interval for a store elsewhere it would be a second
+        looks = engine.status().counts.syncs
+        time.sleep(0.5)
+        assert engine.status().counts.syncs - looks < 10  # it looks at events, not at a clock
         quiet = until_quiet(engine)
         time.sleep(0.5)
         assert engine.status().counts.syncs == quiet

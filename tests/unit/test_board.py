@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,16 @@ def test_synced_is_the_look_after_which_every_replica_had_everything() -> None:
     found.read(found.question(), TXID(1))
     assert found.synced_at is not None
     assert found.synced_at > first
+
+
+def test_what_is_committed_after_the_look_began_is_not_promised() -> None:
+    replica = Stub(txid=TXID(1), online=True)
+    found = board(replica)
+    question = found.question()
+    began = datetime.now(UTC)
+    found.read(question, TXID(1))
+    assert found.synced_at is not None
+    assert found.synced_at <= began
 
 
 def test_failure_is_told_once() -> None:
