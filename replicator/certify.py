@@ -21,7 +21,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -184,16 +184,21 @@ def certify(
     left_behind = ""
     findings: list[Finding] = []
     result: Result
+    hopeless = False
     try:
         for check in CHECKS:
             progress(len(findings), len(CHECKS), check.title)
             started = time.monotonic()
-            left = started - began <= timeout_s
-            result, detail = _run(check.run, place) if left else ("fail", f"no time left: {timeout_s:.0f} s were allowed")
+            if hopeless:
+                result, detail = "fail", "not tried, because nothing can be stored there"
+            elif started - began > timeout_s:
+                result, detail = "fail", f"no time left: {timeout_s:.0f} s were allowed"
+            else:
+                result, detail, hopeless = _run(check.run, place, is_first=not findings)
             findings.append(Finding(check.name, check.title, result, detail, time.monotonic() - started, check.modes))
     finally:
         progress(len(CHECKS), len(CHECKS), "cleaning up")
-        left_behind = _clean_up(place.client)
+        left_behind = _clean_up(place.client, LEVELS[:1] if hopeless else LEVELS, () if hopeless else CONTROL_NAMES)
         scratch.close()
     requests = {kind: sum(item.count for (_, name), item in operations.kinds().items() if name == kind) for kind in _KINDS}
     prices = dict(scratch.prices)
@@ -215,32 +220,33 @@ def certify(
     )
 
 
-def _run(check: Callable[[Place], str], place: Place) -> tuple[Result, str]:
+def _run(check: Callable[[Place], str], place: Place, *, is_first: bool) -> tuple[Result, str, bool]:
+    """Return the result, what was seen, and whether more is of no use: a store that does not take the first file takes no other."""
     try:
-        return "pass", check(place)
+        return "pass", check(place), False
     except NotTried as reason:
-        return "not tried", str(reason)
+        return "not tried", str(reason), False
     except Failed as reason:
-        return "fail", str(reason)
+        return "fail", str(reason), False
     except ReplicatorError as error:
-        return "fail", str(error)
+        return "fail", str(error), is_first
 
 
-def _clean_up(client: ReplicaClient) -> str:
+def _clean_up(client: ReplicaClient, levels: Sequence[int], names: Sequence[str]) -> str:
     """Delete all that the checks have stored; returns why that was not possible."""
     problem = ""
-    for level in LEVELS:
+    for level in levels:
         try:
             client.delete(list(client.list(level)))
         except StorageError as error:
             problem = problem or str(error)
-    for name in CONTROL_NAMES:
+    for name in names:
         try:
             client.delete_control(name)
         except StorageError as error:
             problem = problem or str(error)
     with contextlib.suppress(StorageError):
-        left = sum(len(list(client.list(level))) for level in LEVELS)
+        left = sum(len(list(client.list(level))) for level in levels)
         problem = problem or (f"{left} files are still listed" if left else "")
     return problem
 

@@ -79,6 +79,7 @@ def test_seaweedfs_is_fit_for_everything(seaweed) -> None:
     assert report.supports_what_is_required
 
 
+@pytest.mark.slow
 def test_moto_is_fit_for_all_but_appending_in_parts(moto) -> None:
     """It takes the condition of a single write, and ignores that of a multipart upload: large files of two writers could replace each other."""
     report = certified(moto, 20)
@@ -237,6 +238,23 @@ def test_a_store_that_goes_away_fails_its_checks_and_names_what_is_left() -> Non
     report = certify("memory://", keys=5, scratch=Scratch(Away()))
     assert "out of reach" in report.left_behind
     assert not report.modes["fenced"]
+
+
+def test_a_store_that_takes_nothing_is_asked_for_little() -> None:
+    class Denied(MemoryClient):
+        asked = 0
+
+        def put(self, *args, **options):
+            self.asked += 1
+            raise AccessDenied("memory://")
+
+    store = Denied()
+    report = certify("memory://", scratch=Scratch(store))
+    assert store.asked == 1
+    assert not any(report.modes.values())
+    assert "access denied" in report.findings[0].detail
+    assert {item.detail for item in report.findings[1:]} == {"not tried, because nothing can be stored there"}
+    assert report.requests["total"] < 10
 
 
 # -- the fault drill finds clients that trust a lost reply --------------------------------------------------------------------------
