@@ -136,8 +136,8 @@ def test_an_outage_is_staged_and_stored_afterwards_segment_by_segment(tmp_path: 
         before = engine.status()
         store.down = True
         for _ in range(3):
-            insert(application, 20)
             txid = engine.status().txid
+            insert(application, 20)
             until(lambda txid=txid: engine.status().txid > txid)
         until(lambda: engine.status().checkpoints > before.checkpoints)
         assert engine.status().replicas[0].position == before.position
