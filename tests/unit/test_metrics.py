@@ -13,10 +13,11 @@ import pytest
 
 from replicator import metrics
 from replicator.api import ReplicaStatus, Status
-from replicator.board import Counts, LossWindow
+from replicator.board import Counts
 from replicator.errors import StorageUnavailable
 from replicator.format.ltx import TXID
 from replicator.keeper import HistoryCounts
+from replicator.losses import LossWindow
 from replicator.storage.measured import Operations, measured
 from replicator.storage.memory import MemoryClient
 from replicator.store import Member, Prepared, Store
@@ -36,7 +37,7 @@ REPLICA = ReplicaStatus(
     files_sent=4,
     bytes_sent=4096,
     problems=("retention: not allowed",),
-    loss_window=LossWindow(0.1, 0.2, 0.3, 10, 12, 1.5),
+    loss_window=LossWindow(0.1, 0.2, 0.3, 10, 12, 1.5, (0,) * 6 + (2, 10) + (0,) * 10),
     retries=3,
     history=HistoryCounts(5, 6, 7, 8, 9),
 )
@@ -111,7 +112,8 @@ def test_values_are_those_of_the_status(text: str) -> None:
         f"pyrepl_queue_entries{{{db}}} 3.0",
         f'pyrepl_queue_bytes{{{db},place="disk"}} 200.0',
         f"pyrepl_replica_lag_seconds{{{s3}}} 2.5",
-        f'pyrepl_loss_window_seconds{{{db},quantile="0.99",replica="s3://bucket/a"}} 0.2',
+        f"pyrepl_loss_window_seconds_count{{{s3}}} 12.0",
+        f'pyrepl_loss_window_recent_seconds{{{db},quantile="0.99",replica="s3://bucket/a"}} 0.2',
         f"pyrepl_replica_retries_total{{{s3}}} 3.0",
         f"pyrepl_history_compactions_total{{{s3}}} 5.0",
         f"pyrepl_history_snapshots_total{{{s3}}} 6.0",
@@ -200,7 +202,7 @@ def test_the_dashboard_has_what_an_operator_asks_for() -> None:
     asked = {name for _, target in expressions() for name in asked_for(target["expr"])}
     assert asked >= {
         "pyrepl_replica_lag_seconds",
-        "pyrepl_loss_window_seconds",
+        "pyrepl_loss_window_recent_seconds",
         "litestream_wal_size",
         "pyrepl_wal_age_seconds",
         "pyrepl_queue_entries",

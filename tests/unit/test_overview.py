@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from replicator.api import ReplicaStatus, Status
-from replicator.board import Counts, LossWindow
+from replicator.board import Counts
 from replicator.errors import StorageUnavailable
 from replicator.format.ltx import TXID
+from replicator.losses import LossWindow
 from replicator.overview import Overview, row
 from replicator.storage.measured import Operations, measured
 from replicator.storage.memory import MemoryClient
