@@ -15,6 +15,7 @@
         ObjectNotFound       (name)
         AccessDenied         (name)
         PreconditionFailed   (name) a conditional write lost
+        ConditionUnsupported (name) the store cannot check that condition
         WrongKey             (name) the file is encrypted to other keys
         StorageUnavailable   try again later; the outcome of a write is unknown
       RestoreError           there is no way to the asked state
@@ -55,6 +56,7 @@ __all__ = [
     "AccessDenied",
     "CannotResume",
     "ChecksumMismatch",
+    "ConditionUnsupported",
     "ConfigError",
     "ContinuityLost",
     "CopyChanged",
@@ -211,6 +213,16 @@ class PreconditionFailed(StorageError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(f"precondition failed: {name}")
+
+
+class ConditionUnsupported(StorageError):
+    """The store has no way to check that condition and write in one step. Nothing was written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"store cannot replace on a condition: {name}", hint="leases need a store with conditional writes, see docs/stores.md"
+        )
 
 
 class WrongKey(StorageError):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from replicator.chain import list_files, read_file
 from replicator.errors import (
+    ConditionUnsupported,
     CorruptReplica,
     Fenced,
     FormatError,
@@ -142,7 +143,11 @@ class Replica:
         """
         try:
             stored = self.client.get_control(LINEAGE)
-            self.client.put_control(LINEAGE, _lineage_document(lineage), if_match=stored.etag)
+            try:
+                self.client.put_control(LINEAGE, _lineage_document(lineage), if_match=stored.etag)
+            except ConditionUnsupported:
+                # Whoever else begins anew at this moment is then found by the lineage at the next start, or by the first append.
+                self.client.put_control(LINEAGE, _lineage_document(lineage))
         except (ObjectNotFound, PreconditionFailed):
             raise LineageMismatch(self.url, expected=lineage.hex(), got=(read_lineage(self.client) or b"").hex()) from None
 
@@ -169,7 +174,7 @@ class Replica:
                 if now != lineage:
                     raise LineageMismatch(self.url, expected=lineage.hex(), got=(now or b"").hex()) from None
         self._lineage = lineage
-        self.conditional = probe_conditional_writes(self.client)
+        self.conditional = probe_conditional_writes(self.client).create
         if not self.conditional:
             log.warning("store ignores conditional writes, a second writer is found late replica=%s", self.url)
 

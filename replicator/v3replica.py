@@ -104,7 +104,7 @@ class V3Replica(Replica):
         """
         if recorded is not None and recorded != lineage:
             raise LineageMismatch(self.url, expected=lineage.hex(), got=recorded.hex())
-        self.conditional = probe_conditional_writes(self.client)
+        self.conditional = probe_conditional_writes(self.client).create
         if not self.conditional:
             log.warning("store ignores conditional writes replica=%s", self.url)
         self._owned = json.dumps({"lineage": lineage.hex(), "writer": f"{self.writer:016x}"}).encode() + b"\n"

@@ -46,6 +46,8 @@ __all__ = [
     "check_metadata",
     "check_object_name",
     "created_at",
+    "format_time",
+    "parse_time",
 ]
 
 FROM_START = TXID(0)
@@ -168,10 +170,15 @@ class ReplicaClient(Protocol):
         """Read a control object. Raises `ObjectNotFound`."""
 
     def put_control(self, name: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
-        """Write a control object and return its etag. `if_match` is an etag; `PreconditionFailed` when the condition does not hold."""
+        """Write a control object and return its etag.
+
+        Raises:
+            PreconditionFailed: `if_absent` and it exists, or `if_match` is not its etag.
+            ConditionUnsupported: `if_match`, and the store cannot check and write in one step. Nothing was written.
+        """
 
     def delete_control(self, name: str, *, if_match: str | None = None) -> None:
-        """Delete a control object; missing is no error unless `if_match` is given (`PreconditionFailed`)."""
+        """Delete a control object; missing is no error unless `if_match` is given (see `put_control`)."""
 
     def close(self) -> None:
         """Release connections. The client is not used afterwards."""
@@ -280,3 +287,21 @@ def created_at(timestamp_ms: int) -> datetime:
         return _EPOCH + timedelta(milliseconds=timestamp_ms)
     except OverflowError:
         return (datetime.max if timestamp_ms > 0 else datetime.min).replace(tzinfo=UTC)
+
+
+def format_time(when: datetime) -> str:
+    """RFC 3339 in UTC, milliseconds, without trailing zeros: `2026-11-23T14:31:44.39Z`."""
+    text = when.strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f"{when.microsecond // 1000:03d}".rstrip("0")
+    return f"{text}.{fraction}Z" if fraction else f"{text}Z"
+
+
+def parse_time(text: object) -> datetime | None:
+    """Return the time of a text with any number of digits in the fraction; None when there is none that can be read."""
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9T:.Z+-]{10,48}", text):
+        return None
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)

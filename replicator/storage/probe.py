@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from dataclasses import dataclass
 
-from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
+from replicator.errors import AccessDenied, ConditionUnsupported, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.storage.base import ReplicaClient
 
-__all__ = ["probe_conditional_writes"]
+__all__ = ["Conditions", "probe_conditional_writes"]
 
 # Turns an etag into another one of the same shape: a store may refuse what does not look like one of its own.
 _OTHER_DIGITS = str.maketrans("0123456789abcdefABCDEF", "1032547698badcfeBADCFE")
 
 
-def probe_conditional_writes(client: ReplicaClient) -> bool:
-    """Say whether the store refuses both a second create and a replacement of what is no longer there.
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a store refuses. `create`: a second create, on which appending rests; `replace`: a replacement of what is no longer there, which
+    leases need, too. A store with neither ignores conditions.
+    """
+
+    create: bool
+    replace: bool
+
+
+def probe_conditional_writes(client: ReplicaClient) -> Conditions:
+    """Find out which conditions the store keeps.
 
     Four small requests on a control object of its own, `pyrepl/probe-<random>`, which is deleted at the end; a crash leaves it behind, a few
     bytes that nobody reads.
@@ -32,19 +43,21 @@ def probe_conditional_writes(client: ReplicaClient) -> bool:
         # Some stores refuse the header itself ("not implemented"). Then a plain write works; if not, its error is the one to report.
         client.put_control(name, b"1")
         _clean_up(client, name)
-        return False
+        return Conditions(create=False, replace=False)
     try:
         try:
             client.put_control(name, b"2", if_absent=True)
         except PreconditionFailed:
             pass
         else:
-            return False
+            return Conditions(create=False, replace=False)
         try:
             client.put_control(name, b"3", if_match=etag.translate(_OTHER_DIGITS))
         except PreconditionFailed:
-            return True
-        return False
+            return Conditions(create=True, replace=True)
+        except ConditionUnsupported:
+            pass
+        return Conditions(create=True, replace=False)
     finally:
         _clean_up(client, name)
 

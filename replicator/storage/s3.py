@@ -63,6 +63,8 @@ from replicator.storage.base import (
     check_metadata,
     check_object_name,
     created_at,
+    format_time,
+    parse_time,
 )
 from replicator.storage.url import S3Settings
 
@@ -203,7 +205,7 @@ class S3Client:
     ) -> FileInfo:
         key = self._level_prefix(level) + format_name(min_txid, max_txid) + self.layout.suffix
         when = created_at(timestamp_ms)
-        size = self._put_body(key, body, if_absent=if_absent, Metadata={_TIMESTAMP: _format_time(when), **check_metadata(metadata)})
+        size = self._put_body(key, body, if_absent=if_absent, Metadata={_TIMESTAMP: format_time(when), **check_metadata(metadata)})
         if self._path_is_doubtful:
             self._check_path(key)
         return FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=size, created_at=when)
@@ -366,7 +368,7 @@ class S3Client:
             text = self._head(self._key(info)).get(_TIMESTAMP, "")
         except ObjectNotFound:
             return info
-        when = _parse_time(text)
+        when = parse_time(text)
         if when is None:
             return info
         return FileInfo(level=info.level, min_txid=info.min_txid, max_txid=info.max_txid, size=info.size, created_at=when)
@@ -584,22 +586,6 @@ def _piece_of(body: Body, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise StorageError(f"file became shorter while it was uploaded: {body}")
     return data
-
-
-def _format_time(when: datetime) -> str:
-    """RFC 3339 in UTC, milliseconds, without trailing zeros: `2026-11-23T14:31:44.39Z`."""
-    text = when.strftime("%Y-%m-%dT%H:%M:%S")
-    fraction = f"{when.microsecond // 1000:03d}".rstrip("0")
-    return f"{text}.{fraction}Z" if fraction else f"{text}Z"
-
-
-def _parse_time(text: str) -> datetime | None:
-    """Return the time, or None when there is none that can be read. Any number of digits in the fraction."""
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
 
 
 @contextlib.contextmanager

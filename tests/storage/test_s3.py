@@ -14,7 +14,7 @@ import pytest
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo
 from replicator.storage.base import ReplicaClient
-from replicator.storage.probe import probe_conditional_writes
+from replicator.storage.probe import Conditions, probe_conditional_writes
 from replicator.storage.s3 import S3Client
 from replicator.storage.url import S3Settings
 from tests.servers import SECRET
@@ -288,9 +288,14 @@ def test_a_store_that_renames_keys_without_a_path_is_found_out(serving) -> None:
 
 @pytest.mark.parametrize(
     ("honoured", "verdict"),
-    [({"if-none-match", "if-match"}, True), ({"if-none-match"}, False), ({"if-match"}, False), (set(), False)],
+    [
+        ({"if-none-match", "if-match"}, Conditions(create=True, replace=True)),
+        ({"if-none-match"}, Conditions(create=True, replace=False)),
+        ({"if-match"}, Conditions(create=False, replace=False)),
+        (set(), Conditions(create=False, replace=False)),
+    ],
 )
-def test_the_probe_needs_both_conditions_and_cleans_up(serving, honoured: set[str], verdict: bool) -> None:
+def test_the_probe_tells_the_conditions_apart_and_cleans_up(serving, honoured: set[str], verdict: Conditions) -> None:
     stored: dict[str, str] = {}
     numbers = itertools.count()
 
@@ -307,14 +312,14 @@ def test_the_probe_needs_both_conditions_and_cleans_up(serving, honoured: set[st
         return Reply(headers={"ETag": stored[request.path]})
 
     client, server = serving(answer)
-    assert probe_conditional_writes(client) is verdict
+    assert probe_conditional_writes(client) == verdict
     assert stored == {}
     assert len(server.requests) <= 4
 
 
 def test_the_probe_takes_a_refused_header_for_a_no(serving) -> None:
     client, _ = serving(lambda request: s3_error(400, "InvalidArgument") if "if-none-match" in request.headers else Reply())
-    assert probe_conditional_writes(client) is False
+    assert probe_conditional_writes(client) == Conditions(create=False, replace=False)
 
 
 def test_the_probe_passes_on_that_the_store_cannot_be_written(serving) -> None:
