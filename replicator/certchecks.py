@@ -210,7 +210,9 @@ def pages_are_complete(place: Place) -> str:
 
 
 def conditions_hold(place: Place) -> str:
-    place.conditions = probe_conditional_writes(place.client)
+    found = probe_conditional_writes(place.client)
+    place.conditions = found.create and found.replace
+    expect(found.replace or not found.create, "a second create is refused, but nothing can be replaced on a condition, which leases need")
     expect(place.conditions, "conditional writes are accepted and ignored: two writers would overwrite each other")
     return "a second create and a wrong etag are refused"
 

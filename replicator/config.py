@@ -26,6 +26,7 @@ from replicator.errors import ConfigError
 from replicator.expand import expand_environment
 from replicator.formats import Format
 from replicator.levels import History
+from replicator.storage.locations import ABSSettings, StoreSettings, check_path, make_settings, parse_store_url
 from replicator.storage.url import MIN_PART_SIZE, S3Settings, endpoint_url, file_path, is_url, parse_s3_url, redact, scheme
 from replicator.words import split_words
 from replicator.yamltree import MAX_TEXT, Note, ScalarNode, YAMLProblem, parse_yaml
@@ -102,6 +103,7 @@ class ReplicaSettings:
     Attributes:
         directory: the root, for kind "file".
         s3: bucket, path and how to talk to the store, for kind "s3".
+        store: the same for all other kinds.
         sse_customer_key_path: a file whose text becomes `s3.sse_customer_key` when the client is made.
         sync_interval_s: least time between two uploads that nobody waits for; None for the engine's default.
         history: levels, snapshots and retention, the replica's own settings included.
@@ -109,10 +111,11 @@ class ReplicaSettings:
         age_identities, age_recipients: not empty: what is stored there must be encrypted, or nothing may be stored.
     """
 
-    kind: Literal["file", "s3"]
+    kind: Literal["file", "s3", "gs", "abs", "oss", "sftp", "webdav", "nats"]
     url: str
     directory: Path | None = None
     s3: S3Settings | None = None
+    store: StoreSettings | None = None
     sse_customer_key_path: Path | None = None
     sync_interval_s: float | None = None
     history: History = field(default_factory=History)
@@ -217,14 +220,22 @@ _S3_KEYS = frozenset(
         "sse-customer-key-path", "sse-kms-key-id",
     ]
 )  # fmt: skip
-_OTHER_BACKENDS = frozenset(
-    [
-        "account-name", "account-key", "sas-token", "host", "user", "password", "key-path", "host-key", "concurrent-writes", "webdav-url",
-        "webdav-username", "webdav-password", "jwt", "seed", "creds", "nkey", "username", "token", "tls", "root-cas", "client-cert",
-        "client-key", "max-reconnects", "reconnect-wait", "timeout",
-    ]
-)  # fmt: skip
-_OTHER_TYPES = ("abs", "gcs", "gs", "nats", "oss", "sftp", "webdav", "webdavs")
+_STORE_KEYS: dict[str, frozenset[str]] = {
+    "gs": frozenset(["bucket"]),
+    "abs": frozenset(["bucket", "account-name", "account-key", "sas-token", "endpoint"]),
+    "oss": frozenset(["bucket", "region", "endpoint", "access-key-id", "secret-access-key", "part-size", "concurrency"]),
+    "sftp": frozenset(["host", "user", "password", "key-path", "host-key", "concurrent-writes"]),
+    "webdav": frozenset(["webdav-url", "webdav-username", "webdav-password"]),
+    "nats": frozenset(
+        [
+            "bucket", "jwt", "seed", "creds", "nkey", "username", "password", "token", "tls", "root-cas", "client-cert", "client-key",
+            "max-reconnects", "reconnect-wait", "timeout",
+        ]
+    ),
+}  # fmt: skip
+_OTHER_BACKENDS = frozenset().union(*_STORE_KEYS.values()) - _S3_KEYS
+_KINDS = {"gcs": "gs", "webdavs": "webdav"}
+"""Other names of a kind: 0.3's, and that of a scheme."""
 
 # Keys that have no effect here, and why.
 _REPLICA_ELSEWHERE = {
@@ -233,7 +244,9 @@ _REPLICA_ELSEWHERE = {
     "validation-interval": "stored files are checked when they are merged and before anything is deleted: it has no effect; "
     "verify-interval of the database compares it with its replicas",
 }
-_NOT_INHERITED = frozenset(["type", "path", "url", "name", "part-size", "concurrency"])
+_NOT_INHERITED = frozenset(
+    ["type", "path", "url", "name", "part-size", "concurrency", "host-key", "webdav-url", "webdav-username", "webdav-password"]
+)
 _REPLICA_COMMON = frozenset(["type", "path", "url", "name", "sync-interval", "age", *_REPLICA_ELSEWHERE])
 _REPLICA_ONLY = frozenset(["retention", "retention-check-interval", "snapshot-interval", "format"])  # of 0.3; never global
 _GLOBAL_REPLICA = _REPLICA_COMMON | _S3_KEYS | _OTHER_BACKENDS
@@ -283,7 +296,6 @@ def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
     top.check_keys(TOP_KEYS | _GLOBAL_REPLICA)
     top.no_effect_of({**_TOP_ELSEWHERE, **_REPLICA_ELSEWHERE})
     top.no_effect(_NOT_INHERITED, "replicas do not inherit this key: it has no effect here")
-    top.no_effect(_OTHER_BACKENDS, "only file and s3 replicas are supported: it has no effect")
     entries = [Table(top.reader, node, where) for node, where in top.items("dbs")]
     history = _read_history(top, entries)
     databases = [_read_database(entry, top, history, environ) for entry in entries]
@@ -519,14 +531,14 @@ def _read_replica(table: Table, top: Table, history: History, environ: Mapping[s
     if url is not None and not is_url(url):
         table.fail("url", "not a URL", "give file:///path or s3://bucket/path, or use path")
     kind = (scheme(url) if url is not None else table.text("type")) or "file"
-    if kind not in ("file", "s3"):
-        known = kind in _OTHER_TYPES
-        what = f"replica type {kind} is not supported yet" if known else f"unknown replica type in config: {shown(kind)}"
-        table.fail("url" if url is not None else "type", what, "file and s3 are supported")
+    kind = _KINDS.get(kind, kind)
+    if kind not in ("file", "s3", *_STORE_KEYS):
+        hint = f"supported are file, s3, {', '.join(_STORE_KEYS)}"
+        table.fail("url" if url is not None else "type", f"unknown replica type in config: {shown(kind)}", hint)
     if url is not None and path is not None:
         table.fail("path", f"cannot specify url & path for {kind} replica")
-    foreign = _OTHER_BACKENDS if kind == "s3" else _OTHER_BACKENDS | _S3_KEYS
-    table.no_effect(foreign, f"of no use for a replica of type {kind}: it has no effect")
+    own = _S3_KEYS if kind == "s3" else _STORE_KEYS.get(kind, frozenset())
+    table.no_effect((_OTHER_BACKENDS | _S3_KEYS) - own, f"of no use for a replica of type {kind}: it has no effect")
     identities, recipients = _read_age(table, top)
     settings = ReplicaSettings(
         kind="file",
@@ -540,6 +552,9 @@ def _read_replica(table: Table, top: Table, history: History, environ: Mapping[s
     if kind == "s3":
         s3, key_path = _read_s3(table, top, url, path)
         return replace(settings, kind="s3", url=s3.url, s3=s3.with_environment(environ), sse_customer_key_path=key_path)
+    if kind != "file":
+        store = _read_store(table, kind, url, path, environ)
+        return replace(settings, kind=store.kind, url=store.url, store=store)
     return replace(settings, directory=(directory := _directory(table, url, table.path("path"))), url=f"file://{directory}")
 
 
@@ -631,6 +646,85 @@ def _read_s3(table: Table, top: Table, url: str | None, path: str | None) -> tup
     except ConfigError as error:
         reader.fail(table.node("url") or table.place, f"{table.where}: {error}", error.hint)
     return s3, table.path("sse-customer-key-path")
+
+
+# What a URL says and another key may not say again.
+_SAID_BY_URL = {"gs": "bucket", "abs": "bucket", "oss": "bucket", "sftp": "host", "webdav": "webdav-url"}
+_PATH_KEYS = frozenset(["key-path", "creds", "client-cert", "client-key"])
+_SETTING_NAMES = {
+    "webdav-url": "server",
+    "webdav-username": "username",
+    "webdav-password": "password",
+    "reconnect-wait": "reconnect_wait_s",
+    "timeout": "timeout_s",
+}
+_NEEDED = {
+    "gs": ("bucket",),
+    "abs": ("bucket",),
+    "oss": ("bucket",),
+    "sftp": ("host", "user"),
+    "webdav": ("webdav-url",),
+    "nats": ("bucket",),
+}
+
+
+def _read_store(table: Table, kind: str, url: str | None, path: str | None, environ: Mapping[str, str]) -> StoreSettings:
+    twice = _SAID_BY_URL.get(kind)
+    if url is not None and twice is not None and table.own(twice) is not None:
+        table.fail(twice, f"cannot specify url & {twice} for {kind} replica")
+    if kind == "nats" and path is not None:
+        table.fail("path", "a NATS bucket holds one replica and has no path", "give bucket, or nats://host/bucket")
+    values = {_SETTING_NAMES.get(key, key.replace("-", "_")): _store_value(table, key) for key in sorted(_STORE_KEYS[kind])}
+    values = {name: value for name, value in values.items() if value is not None}
+    if url is not None:
+        values.pop("bucket", None)  # inherited, for replicas without a URL
+    try:
+        if url is not None:
+            store = parse_store_url(url, environ=environ, **values)
+        else:
+            for key in _NEEDED[kind]:
+                if table.text(key) is None:
+                    table.reader.fail(table.place, f"{table.where}: {key} required for {kind} replica")
+            store = make_settings(kind, {**values, **({} if kind == "nats" else {"path": check_path(path or "")})}, environ=environ)
+    except ConfigError as error:
+        if error.args and str(error).startswith(table.reader.source):
+            raise
+        table.reader.fail(table.node("url") or table.place, f"{table.where}: {error}", error.hint)
+    if isinstance(store, ABSSettings) and store.account_key and store.sas_token:
+        table.reader.warn(table.place, f"{table.where}: both account-key and sas-token: the token is used")
+    return store
+
+
+def _store_value(table: Table, key: str) -> object:
+    """Return a setting as its type; None where nothing was said."""
+    match key:
+        case "concurrent-writes" | "tls":
+            return table.boolean(key)
+        case "concurrency":
+            return table.number(key) or None
+        case "max-reconnects":
+            return _reconnects(table)
+        case "part-size":
+            return table.size(key) or None
+        case "reconnect-wait" | "timeout":
+            return table.duration(key, zero=key != "timeout")
+        case "root-cas":
+            return (
+                tuple(str(absolute_path(text, home=table.reader.home, folder=table.reader.folder)) for text in _texts(table, key)) or None
+            )
+        case "endpoint":
+            return _endpoint(table)
+        case _ if key in _PATH_KEYS:
+            found = table.path(key)
+            return None if found is None else str(found)
+    return table.text(key)
+
+
+def _reconnects(table: Table) -> int | None:
+    text = table.text("max-reconnects")
+    if text is not None and not re.fullmatch(r"-1|[0-9]{1,6}", text):
+        table.fail("max-reconnects", "must be a whole number, or -1 for no limit")
+    return None if text is None else int(text)
 
 
 def _bucket(table: Table) -> str:

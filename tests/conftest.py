@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.otherservers import OTHER_STORES, Place, other_store
 from tests.servers import ACCESS, SECRET, Server, moto, rclone, seaweed
 
-__all__ = ["moto", "rclone", "seaweed"]
+__all__ = ["moto", "other_store", "rclone", "seaweed"]
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, suppress_health_check=_slow)
@@ -27,6 +28,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """URL of an empty replica in the store that the test's parameter names."""
     if request.param == "file":
         return f"file://{tmp_path}/replica"
+    if request.param in OTHER_STORES:
+        place: Place = request.getfixturevalue("other_store")(request.param)
+        return place.url(f"{request.node.name.partition('[')[0]}-{uuid.uuid4().hex}")
     server: Server = request.getfixturevalue(request.param)
     return server.url(f"{request.node.name.partition('[')[0]}-{uuid.uuid4().hex}")
 

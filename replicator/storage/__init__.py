@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from replicator.storage.url import file_path, is_url, redact, scheme
 if TYPE_CHECKING:
     from replicator.config import ReplicaSettings
     from replicator.storage.file import FileClient
+    from replicator.storage.locations import StoreSettings
     from replicator.storage.memory import MemoryClient
     from replicator.storage.s3 import S3Client
+    from replicator.storage.tree import TreeClient
 
-__all__ = ["open_client", "open_replica", "redact"]
+__all__ = ["open_client", "open_replica", "open_store", "redact"]
 
 _ENCRYPTED = "age+"
 
@@ -47,7 +50,7 @@ def open_client(url: str, *, age_recipients: Sequence[str] = (), age_identities:
     return AgeClient(_open(url, AGE), recipients=age_recipients, identities=age_identities)
 
 
-def _open(url: str, layout: Layout) -> FileClient | S3Client | MemoryClient:
+def _open(url: str, layout: Layout) -> FileClient | S3Client | MemoryClient | TreeClient:
     if not url:
         raise ConfigError("replica URL is empty", hint="give file:///path, s3://bucket/path, or the path of a directory")
     match scheme(url) if is_url(url) else "file":
@@ -67,7 +70,62 @@ def _open(url: str, layout: Layout) -> FileClient | S3Client | MemoryClient:
 
             return MemoryClient.named(url.partition("://")[2], layout=layout)
         case other:
-            raise ConfigError(f"replica URL has an unsupported scheme: {other}", hint="supported are file, s3 and memory, and plain paths")
+            import os
+
+            from replicator.storage.locations import SCHEMES, parse_store_url
+
+            if other not in SCHEMES:
+                hint = f"supported are file, s3, memory, {', '.join(sorted(SCHEMES))}, and plain paths"
+                raise ConfigError(f"replica URL has an unsupported scheme: {other}", hint=hint)
+            return open_store(parse_store_url(url, environ=os.environ), layout=layout)
+
+
+def open_store(settings: StoreSettings, *, layout: Layout = LITESTREAM) -> TreeClient:
+    """Return the client of a store other than S3 and a directory. Nothing is contacted yet.
+
+    Raises:
+        ConfigError: the library for it is not installed.
+    """
+    from replicator.storage.locations import ABSSettings, GSSettings, NATSSettings, OSSSettings, SFTPSettings
+    from replicator.storage.tree import TreeClient
+
+    with _extra(settings.kind):
+        match settings:
+            case GSSettings():
+                from replicator.storage.gs import GSObjects
+
+                return TreeClient(GSObjects(settings), layout=layout)
+            case ABSSettings():
+                from replicator.storage.abs import ABSObjects
+
+                return TreeClient(ABSObjects(settings), layout=layout)
+            case OSSSettings():
+                from replicator.storage.oss import OSSObjects
+
+                return TreeClient(OSSObjects(settings), layout=layout, folder="{level:04x}")
+            case SFTPSettings():
+                from replicator.storage.sftp import SFTPObjects
+
+                return TreeClient(SFTPObjects(settings), layout=layout)
+            case NATSSettings():
+                from replicator.storage.nats import NATSObjects
+
+                return TreeClient(NATSObjects(settings), layout=layout)
+        from replicator.storage.webdav import WebDAVObjects
+
+        return TreeClient(WebDAVObjects(settings), layout=layout)
+
+
+@contextlib.contextmanager
+def _extra(kind: str) -> Iterator[None]:
+    """Say what to install when the library of a backend is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "replicator").partition(".")[0] == "replicator":
+            raise
+        hint = f"pip install 'pyrepl-sqlite[{kind}]'"
+        raise ConfigError(f"replicas of type {kind} need a library that is not installed: {error.name}", hint=hint) from error
 
 
 def open_replica(settings: ReplicaSettings) -> ReplicaClient:
@@ -85,7 +143,9 @@ def open_replica(settings: ReplicaSettings) -> ReplicaClient:
     return AgeClient(client, recipients=settings.age_recipients, identities=settings.age_identities)
 
 
-def _open_configured(settings: ReplicaSettings, layout: Layout) -> FileClient | S3Client:
+def _open_configured(settings: ReplicaSettings, layout: Layout) -> FileClient | S3Client | TreeClient:
+    if settings.store is not None:
+        return open_store(settings.store, layout=layout)
     if settings.s3 is None:
         from replicator.storage.file import FileClient
 

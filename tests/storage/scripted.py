@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def scripted(answer: Callable[[Request], Reply]) -> Iterator[Scripted]:
-    """Serve on loopback until the block ends; `answer` is called once for each request."""
+def scripted(answer: Callable[[Request], Reply], *, context: ssl.SSLContext | None = None) -> Iterator[Scripted]:
+    """Serve on loopback until the block ends; `answer` is called once for each request. With a context the server speaks TLS."""
     seen: list[Request] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,13 +62,15 @@ def scripted(answer: Callable[[Request], Reply]) -> Iterator[Scripted]:
             if self.command != "HEAD":
                 self.wfile.write(reply.body)
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PROPFIND = do_MOVE = do_MKCOL = handle_any
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

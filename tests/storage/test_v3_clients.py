@@ -12,15 +12,18 @@ import pytest
 
 from replicator.errors import ConfigError, CorruptReplica, ObjectNotFound, PreconditionFailed, WrongKey
 from replicator.format.v3 import SegmentInfo, SnapshotInfo, V3Info, encode_frame
+from replicator.storage import open_store
 from replicator.storage.age import AgeClient
 from replicator.storage.base import AGE, LITESTREAM, ObjectStore, ReplicaClient, check_control_name
 from replicator.storage.file import FileClient
 from replicator.storage.memory import MemoryClient
 from replicator.storage.s3 import S3Client
+from replicator.storage.tree import TreeClient
 from replicator.storage.url import parse_s3_url
 from replicator.storage.v3 import V3Client, v3_client
+from tests.otherservers import OTHER_STORES, fresh_path
 
-KINDS = ["memory", "file", "seaweed", "moto", "rclone", "age memory", "age file", "age seaweed"]
+KINDS = ["memory", "file", "seaweed", "moto", "rclone", *OTHER_STORES, "age memory", "age file", "age seaweed"]
 ONE, TWO = "00112233445566ff", "ff00112233445566"
 
 
@@ -32,8 +35,10 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReplicaClient]:
     layout = AGE if kind.startswith("age ") else LITESTREAM
-    inner: MemoryClient | FileClient | S3Client
+    inner: MemoryClient | FileClient | S3Client | TreeClient
     match kind.removeprefix("age "):
+        case name if name in OTHER_STORES:
+            inner = open_store(request.getfixturevalue("other_store")(name).settings(fresh_path()), layout=layout)
         case "memory":
             inner = MemoryClient(layout=layout)
         case "file":

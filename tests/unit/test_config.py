@@ -19,6 +19,15 @@ from replicator.levels import History
 from replicator.storage import open_replica
 from replicator.storage.age import AgeClient
 from replicator.storage.file import FileClient
+from replicator.storage.locations import (
+    ABSSettings,
+    GSSettings,
+    NATSSettings,
+    OSSSettings,
+    SFTPSettings,
+    StoreSettings,
+    WebDAVSettings,
+)
 from replicator.storage.s3 import S3Client
 
 FOLDER, HOME = Path("/srv"), Path("/home/me")
@@ -223,8 +232,28 @@ def test_sizes(text: str, size: int) -> None:
         ("path: x, url: 's3://bkt/y'", "cannot specify url & path for s3 replica"),
         ("bucket: b, url: 's3://bkt/y'", "cannot specify url & bucket for s3 replica"),
         ("type: s3", "bucket required for s3 replica"),
-        ("type: sftp, host: h", "replica type sftp is not supported yet"),
-        ("url: 'gs://b/x'", "replica type gs is not supported yet"),
+        ("type: sftp, host: h", "user required for sftp replica"),
+        ("type: sftp, user: u", "host required for sftp replica"),
+        ("url: 'sftp://h/x'", "replica URL has no user"),
+        ("url: 'sftp://u@h/x', host: h", "cannot specify url & host for sftp replica"),
+        ("type: gs", "bucket required for gs replica"),
+        ("url: 'gs://b/x', bucket: b", "cannot specify url & bucket for gs replica"),
+        ("url: 'gs://b/x', path: x", "cannot specify url & path for gs replica"),
+        ("url: 'abs://c/x'", "abs needs an account name"),
+        ("type: abs, account-name: a", "bucket required for abs replica"),
+        ("type: oss", "bucket required for oss replica"),
+        ("url: 'oss://b/x', part-size: 1KB", "part size is too small"),
+        ("type: webdav", "webdav-url required for webdav replica"),
+        ("type: webdav, webdav-url: 'ftp://h'", "not an endpoint"),
+        ("url: 'webdav://h/x', webdav-url: 'http://h'", "cannot specify url & webdav-url for webdav replica"),
+        ("type: nats", "bucket required for nats replica"),
+        ("type: nats, bucket: b, path: x", "a NATS bucket holds one replica and has no path"),
+        ("url: 'nats://h/a/b'", "not a NATS bucket"),
+        ("url: 'nats://h/b', client-cert: c.pem", "client-cert and client-key go together"),
+        ("url: 'nats://h/b', jwt: j", "jwt and seed go together"),
+        ("url: 'nats://h/b', max-reconnects: many", "whole number, or -1"),
+        ("url: 'nats://h/b', timeout: 0s", "must be longer than 0"),
+        ("type: ftp", "unknown replica type in config: 'ftp'"),
         ("type: S3", "unknown replica type in config: 'S3'"),
         ("url: 's3://bkt/x?nonsense=1'", "unknown parameter"),
         ("url: 's3://bkt/x', endpoint: 'ftp://h'", "replica.endpoint: not an endpoint"),
@@ -261,11 +290,11 @@ def test_global_values_are_inherited_where_a_replica_says_nothing() -> None:
 
 
 def test_some_global_values_are_not_inherited_and_that_is_said() -> None:
-    top = "type: s3\npath: /p\nurl: 's3://bkt/x'\nname: n\npart-size: 10MB\nconcurrency: 9\nhost: h\n"
+    top = "type: s3\npath: /p\nurl: 's3://bkt/x'\nname: n\npart-size: 10MB\nconcurrency: 9\nhost-key: k\nwebdav-url: 'http://h'\n"
     found = read(f"{top}dbs: [{{path: a.db, replica: {{path: r}}}}, {{path: b.db, replica: {{url: 's3://bkt/y'}}}}]")
     assert [item.replicas[0].url for item in found.databases] == ["file:///srv/r", "s3://bkt/y"]
     assert found.databases[1].replicas[0].s3.concurrency is None  # type: ignore[union-attr]
-    assert [note.line for note in found.warnings] == [1, 2, 3, 4, 5, 6, 7]
+    assert [note.line for note in found.warnings] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert all("no effect" in note.text for note in found.warnings)
 
 
@@ -573,6 +602,91 @@ SECRETS = "type: s3, bucket: bkt, access-key-id: AKxxHIDDEN, secret-access-key: 
 
 
 @pytest.mark.parametrize(
+    ("keys", "settings"),
+    [
+        ("type: gs, bucket: b, path: x/y", GSSettings(bucket="b", path="x/y")),
+        ("type: gcs, bucket: b, path: x", GSSettings(bucket="b", path="x")),
+        (
+            "url: 'abs://acc@c/x', account-key: KEY, sas-token: SAS, endpoint: 'https://h'",
+            ABSSettings(bucket="c", path="x", account_name="acc", account_key="KEY", sas_token="SAS", endpoint="https://h"),
+        ),
+        ("type: abs, bucket: c, account-name: acc", ABSSettings(bucket="c", account_name="acc")),
+        (
+            "url: 'oss://b/x', region: r, endpoint: h, part-size: 1MiB, concurrency: 2, access-key-id: AK, secret-access-key: SK",
+            OSSSettings(
+                bucket="b", path="x", region="r", endpoint="https://h", part_size=1 << 20, concurrency=2, access_key_id="AK", secret_access_key="SK"
+            ),
+        ),
+        (
+            "type: sftp, host: 'h:2222', user: u, password: p, path: rel/x, key-path: k, host-key: 'ssh-ed25519 A', concurrent-writes: false",
+            SFTPSettings(
+                host="h:2222", user="u", password="p", path="rel/x", key_path="/srv/k", host_key="ssh-ed25519 A", concurrent_writes=False
+            ),
+        ),
+        ("url: 'sftp://u:p%40@h/x', user: other", SFTPSettings(host="h", user="other", password="p@", path="/x")),
+        (
+            "type: webdav, webdav-url: 'https://h/dav/', webdav-username: u, webdav-password: p, path: x",
+            WebDAVSettings(server="https://h/dav", username="u", password="p", path="x"),
+        ),
+        ("url: 'webdavs://u:p@h/x'", WebDAVSettings(server="https://h", username="u", password="p", path="/x")),
+        ("type: nats, bucket: b", NATSSettings(server="127.0.0.1", bucket="b")),
+        (
+            "url: 'nats://h:4223/b', creds: c, tls: true, root-cas: [ca.pem], client-cert: cc, client-key: ck, max-reconnects: -1, "
+            "reconnect-wait: 1s, timeout: 3s",
+            NATSSettings(
+                server="h:4223", bucket="b", creds="/srv/c", tls=True, root_cas=("/srv/ca.pem",), client_cert="/srv/cc", client_key="/srv/ck",
+                reconnect_wait_s=1.0, timeout_s=3.0,
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_keys_of_other_stores(keys: str, settings: StoreSettings) -> None:
+    found = replica(keys)
+    assert (found.store, found.kind, found.url, found.s3) == (settings, settings.kind, settings.url, None)
+    assert warnings(with_replica(keys)) == ([] if "SAS" not in keys else [f"line 1, column 29: dbs[0].replica: {BOTH}"])
+
+
+BOTH = "both account-key and sas-token: the token is used"
+
+
+def test_settings_of_other_stores_are_inherited_where_litestream_does() -> None:
+    top = "user: u\npassword: p\nbucket: shared\naccount-name: acc\nhost-key: k\nwebdav-username: w\n"
+    assert replica("type: sftp, host: h, path: x", top).store == SFTPSettings(host="h", user="u", password="p", path="x")
+    assert replica("type: abs, path: x", top).store == ABSSettings(bucket="shared", account_name="acc", path="x")
+    assert replica("url: 'gs://own/x'", top).store == GSSettings(bucket="own", path="x")
+    assert replica("url: 'webdav://h/x'", top).store == WebDAVSettings(server="http://h", path="/x")
+
+
+def test_litestreams_variables_for_azure() -> None:
+    environ = {"LITESTREAM_AZURE_ACCOUNT_KEY": "KEY", "LITESTREAM_AZURE_SAS_TOKEN": "SAS"}
+    assert replica("url: 'abs://a@c/x'", environ=environ).store == ABSSettings(
+        bucket="c", path="x", account_name="a", account_key="KEY", sas_token="SAS"
+    )
+
+
+def test_keys_of_another_store_are_warned_about() -> None:
+    assert "of no use for a replica of type gs" in warnings(with_replica("url: 'gs://b/x', host: h"))[0]
+    assert "of no use for a replica of type sftp" in warnings(with_replica("url: 'sftp://u@h/x', region: r"))[0]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "url: 'sftp://u:xxHIDDEN@h/x'",
+        "url: 'webdav://u:xxHIDDEN@h/x'",
+        "url: 'nats://u:xxHIDDEN@h/b'",
+        "url: 'nats://xxHIDDEN@h/b'",
+        "url: 'nats://h/b', jwt: xxHIDDEN, seed: xxHIDDEN",
+        "url: 'nats://h/b', nkey: xxHIDDEN",
+        "url: 'abs://a@c/x', account-key: xxHIDDEN, sas-token: xxHIDDEN",
+        "url: 'oss://b/x', access-key-id: xxHIDDEN, secret-access-key: xxHIDDEN",
+    ],
+)
+def test_settings_of_other_stores_show_no_secret(keys: str) -> None:
+    assert "HIDDEN" not in repr(read(with_replica(keys)))
+
+
+@pytest.mark.parametrize(
     "text",
     [
         with_replica(SECRETS.replace("SKxxHIDDEN", "[SKxxHIDDEN]")),
@@ -582,7 +696,11 @@ SECRETS = "type: s3, bucket: bkt, access-key-id: AKxxHIDDEN, secret-access-key: 
         with_replica("url: 's3://AK:xxHIDDEN@bucket/x'"),
         with_replica("path: 's3://AK:xxHIDDEN@bucket/x'"),
         with_replica("url: 's3://bucket/x?secret=xxHIDDEN'"),
-        with_replica("url: 'sftp://u:xxHIDDEN@h/x'"),
+        with_replica("url: 'sftp://u:xxHIDDEN@h/x?a=xxHIDDEN'"),
+        with_replica("url: 'abs://account:xxHIDDEN@c/x'"),
+        with_replica("url: 'webdav://u:xxHIDDEN@h h/x'"),
+        with_replica("url: 'nats://xxHIDDEN@h/a/b'"),
+        with_replica("type: webdav, webdav-url: 'https://u:xxHIDDEN@h/x'"),
         with_replica("url: 's3://bkt/x', endpoint: 'https://u:xxHIDDEN@h'"),
         with_replica(SECRETS) + "\n  bad: xxHIDDEN: yaml",
         with_replica("type: s3, secret-access-key xxHIDDEN, bucket: b"),

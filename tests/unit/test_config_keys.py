@@ -20,15 +20,21 @@ SURROUNDINGS = {
     "Databases": ("{{dbs: [{{{}}}]}}", {"path": "path: a.db", "replica": "replica: {path: r}"}),
     "Replicas": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"path": "path: r"}),
     "S3": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: s3", "bucket": "bucket: bkt", "path": "path: x"}),
-    "Google Cloud Storage": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: gs", "path": "path: x"}),
-    "Azure": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: abs", "bucket": "bucket: bkt", "path": "path: x"}),
+    "Google Cloud Storage": (
+        "{{dbs: [{{path: a.db, replica: {{{}}}}}]}}",
+        {"type": "type: gs", "bucket": "bucket: plain", "path": "path: x"},
+    ),
+    "Azure": (
+        "{{dbs: [{{path: a.db, replica: {{{}}}}}]}}",
+        {"type": "type: abs", "account-name": "account-name: acc", "bucket": "bucket: bkt", "path": "path: x"},
+    ),
     "Alibaba OSS": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: oss", "bucket": "bucket: bkt", "path": "path: x"}),
-    "SFTP": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: sftp", "host": "host: h", "path": "path: x"}),
+    "SFTP": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: sftp", "user": "user: u", "host": "host: h", "path": "path: x"}),
     "WebDAV": (
         "{{dbs: [{{path: a.db, replica: {{{}}}}}]}}",
         {"type": "type: webdav", "webdav-url": "webdav-url: 'https://h'", "path": "path: x"},
     ),
-    "NATS": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: nats", "url": "url: 'nats://h/bkt'"}),
+    "NATS": ("{{dbs: [{{path: a.db, replica: {{{}}}}}]}}", {"type": "type: nats", "bucket": "bucket: plain"}),
 }
 EXCLUDES = {"dir": "path", "replicas": "replica", "url": "path"}
 
