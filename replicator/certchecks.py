@@ -2,7 +2,7 @@
 
 A check returns what it saw, in one line. It raises `Failed` when the promise does not hold, and `NotTried` when it says nothing about this store;
 an error of the store's is a failure, too. All names are new to the place, so that checks do not depend on each other, with one exception: what
-writes under conditions runs only where `conditions` held, because a store that ignores them may be left with a file that it cannot read.
+writes under conditions runs only where they held, because a store that ignores them may be left with a file that it cannot read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from replicator.outbox import OutFile
 from replicator.replica import Replica, new_lineage
 from replicator.storage.base import ReplicaClient, created_at
 from replicator.storage.faultproxy import FaultProxy
-from replicator.storage.probe import probe_conditional_writes
+from replicator.storage.probe import Conditions, probe_conditional_writes
 from replicator.storage.scratch import Scratch
 
 __all__ = ["CHECKS", "CONTROL_NAMES", "LEVELS", "Check", "Failed", "Mode", "NotTried", "Place", "quantile"]
@@ -56,7 +56,7 @@ class Place:
     Attributes:
         keys: how many files the listing of many has; 0 for no such check.
         races: how often writers race.
-        conditions: whether the store honours them; None before that was tried.
+        conditions: which ones the store honours; None before that was tried.
         latency_s: what `latency` measured.
         warnings: what the report says beside the results.
     """
@@ -65,7 +65,7 @@ class Place:
     client: ReplicaClient
     keys: int
     races: int = RACES
-    conditions: bool | None = None
+    conditions: Conditions | None = None
     latency_s: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -85,9 +85,13 @@ class Place:
         expect(len(found) == 1, "what was just stored is not listed" if not found else "a file is listed twice")
         return found[0]
 
-    def needs_conditions(self) -> None:
-        if not self.conditions:
-            raise Failed("not tried, because the store ignores conditions" if self.conditions is False else "not tried: see conditions")
+    def needs_create(self) -> None:
+        if self.conditions is None or not self.conditions.create:
+            raise Failed("not tried: see create")
+
+    def needs_replace(self) -> None:
+        if self.conditions is None or not self.conditions.replace:
+            raise Failed("not tried: see replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,16 +213,23 @@ def pages_are_complete(place: Place) -> str:
 # -- conditions --------------------------------------------------------------------------------------------------------------------
 
 
-def conditions_hold(place: Place) -> str:
-    found = probe_conditional_writes(place.client)
-    place.conditions = found.create and found.replace
-    expect(found.replace or not found.create, "a second create is refused, but nothing can be replaced on a condition, which leases need")
-    expect(place.conditions, "conditional writes are accepted and ignored: two writers would overwrite each other")
-    return "a second create and a wrong etag are refused"
+def a_second_create_is_refused(place: Place) -> str:
+    place.conditions = probe_conditional_writes(place.client)
+    expect(place.conditions.create, "conditional writes are accepted and ignored: two writers would overwrite each other")
+    return "on a small object"
+
+
+def replacing_on_a_condition_works(place: Place) -> str:
+    place.needs_create()
+    expect(
+        place.conditions is not None and place.conditions.replace,
+        "nothing can be replaced on a condition, which leases need (it is not offered, or accepted and ignored)",
+    )
+    return "a wrong etag is refused"
 
 
 def etags_guard(place: Place) -> str:
-    place.needs_conditions()
+    place.needs_replace()
     client, name = place.client, "certify/first"
     first = client.put_control(name, b"1", if_absent=True)
     second = client.put_control(name, b"2", if_match=first)
@@ -243,7 +254,7 @@ def _refused(write: Callable[[], object], otherwise: str) -> None:
 
 
 def creating_has_one_winner(place: Place) -> str:
-    place.needs_conditions()
+    place.needs_create()
     for turn in range(1, place.races + 1):
         bodies = [b"%d of writer %d" % (turn, number) * 20 for number in range(WRITERS)]
         won = _race(WRITERS, lambda number, turn=turn, bodies=bodies: place.put(5, turn, bodies[number], if_absent=True))  # type: ignore[misc]
@@ -253,7 +264,7 @@ def creating_has_one_winner(place: Place) -> str:
 
 
 def replacing_has_one_winner(place: Place) -> str:
-    place.needs_conditions()
+    place.needs_replace()
     name, client = "certify/race", place.client
     etag = client.put_control(name, b"start")
     for turn in range(place.races):
@@ -305,7 +316,7 @@ def parts_keep_the_condition(place: Place) -> str:
     parts = place.scratch.parts
     if parts is None:
         raise NotTried("files are never sent in parts")
-    place.needs_conditions()
+    place.needs_create()
     bodies = [os.urandom(1 << 16) * ((place.scratch.part_bytes >> 16) + 8) for _ in range(PART_WRITERS)]
     won = _race(PART_WRITERS, lambda number: place.put(6, 1, bodies[number], if_absent=True, client=parts))
     expect(len(won) == 1, f"{len(won)} of {PART_WRITERS} writers created the same file in parts")
@@ -320,7 +331,7 @@ def parts_keep_the_condition(place: Place) -> str:
 
 def unknown_outcomes_are_resolved(place: Place) -> str:
     """The code that appends is the engine's own."""
-    place.needs_conditions()
+    place.needs_create()
     scratch = place.scratch
     if scratch.endpoint is None or scratch.through is None:
         raise NotTried("nobody can stand in between: not plain HTTP" if scratch.prices else "there is no network in between")
@@ -405,7 +416,7 @@ def latency(place: Place) -> str:
         place.latency_s.setdefault(kind, []).append(time.monotonic() - began)
 
     for txid in range(1001, 1001 + SAMPLES):
-        measure("append", lambda txid=txid: place.put(0, txid, body, if_absent=bool(place.conditions)))  # type: ignore[misc]
+        measure("append", lambda txid=txid: place.put(0, txid, body, if_absent=place.conditions is not None and place.conditions.create))  # type: ignore[misc]
     files = [info for info in place.client.list(0) if info.min_txid > 1000]
     for info in files:
         measure("read", lambda info=info: place.read(info))  # type: ignore[misc]
@@ -428,7 +439,8 @@ def _checks() -> Iterator[Check]:
     yield Check("pages", "long listings are complete", _ALL, pages_are_complete)
     yield Check("delete", "files can be deleted", ("retention",), files_can_be_deleted)
     yield Check("clock", "the store's clock agrees with ours", ("retention",), clocks_agree)
-    yield Check("conditions", "conditional writes are honoured", ("append-only", "fenced"), conditions_hold)
+    yield Check("create", "a second create is refused", ("append-only", "fenced"), a_second_create_is_refused)
+    yield Check("replace", "replacing on a condition works", ("fenced",), replacing_on_a_condition_works)
     yield Check("etags", "stale etags are refused", ("fenced",), etags_guard)
     yield Check("latency", "how long it takes", (), latency)
     yield Check("create-race", "creating has one winner", ("append-only", "fenced"), creating_has_one_winner)

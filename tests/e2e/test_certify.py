@@ -18,10 +18,11 @@ import pytest
 
 from replicator.certchecks import Failed, Place, unknown_outcomes_are_resolved
 from replicator.certify import MODES, Report, certify, digest
-from replicator.errors import AccessDenied, ConfigError, StorageUnavailable
+from replicator.errors import AccessDenied, ConditionUnsupported, ConfigError, StorageUnavailable
 from replicator.format.ltx import TXID
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
+from replicator.storage.probe import Conditions
 from replicator.storage.scratch import Scratch, open_scratch
 from tests.servers import SECRET, Server
 
@@ -122,6 +123,15 @@ class Racy(MemoryClient):
         return super().put(level, min_txid, max_txid, body, **options)
 
 
+class CreatesOnly(MemoryClient):
+    """Like SFTP with hard links: a second create is refused, and there is no replacing on a condition."""
+
+    def put_control(self, name, data, *, if_absent=False, if_match=None):
+        if if_match is not None:
+            raise ConditionUnsupported("replace")
+        return super().put_control(name, data, if_absent=if_absent)
+
+
 class RacyControl(MemoryClient):
     def put_control(self, name, data, *, if_match=None, if_absent=False):
         if if_match is not None and self._store.control.get(name) and self._store.control[name].etag == if_match:
@@ -190,6 +200,7 @@ class WrongClock(MemoryClient):
     ("fake", "fails", "unsupported"),
     [
         (Racy, {"create-race"}, {"append-only", "fenced"}),
+        (CreatesOnly, {"replace", "etags", "replace-race"}, {"fenced"}),
         (RacyControl, {"replace-race"}, {"fenced"}),
         (StaleEtags, {"etags", "replace-race"}, {"fenced"}),
         (LateListing, None, set(MODES)),
@@ -278,7 +289,7 @@ def test_the_drill_finds_a_client_that_takes_a_lost_reply_for_success(seaweed) -
         return inner
 
     for through, verdict in ((scratch.through, "9 requests or replies"), (trusting, "a file of another writer was taken for ours")):
-        place = Place(replace(scratch, through=through), scratch.client, 0, conditions=True)
+        place = Place(replace(scratch, through=through), scratch.client, 0, conditions=Conditions(create=True, replace=True))
         try:
             found = unknown_outcomes_are_resolved(place)
         except Failed as reason:
