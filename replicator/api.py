@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -24,12 +25,22 @@ from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
 from replicator.drills import DrillResult, DrillThread
 from replicator.engine import NotSynced
-from replicator.errors import ConfigError, DatabaseStateError, ReplicatorError, StorageError, StorageUnavailable, WaitTimeout
+from replicator.errors import (
+    ConfigError,
+    DatabaseStateError,
+    LeaseHeld,
+    ReplicatorError,
+    StorageError,
+    StorageUnavailable,
+    WaitTimeout,
+)
+from replicator.format.lock import writer_number
 from replicator.format.ltx import TXID, parse_txid
 from replicator.format.v3 import parse_index
 from replicator.formats import Format, writing
 from replicator.images import Images
 from replicator.keeper import HistoryCounts, Keeper
+from replicator.lease import Lease, LeaseStatus, LeaseTerms
 from replicator.levels import History
 from replicator.loop import EngineThread
 from replicator.losses import LossWindow
@@ -41,6 +52,7 @@ from replicator.restorer import RestoreResult, first_answer
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
+from replicator.takeover import Tenant
 from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
 from replicator.v3restore import newest_first, restore_any
 from replicator.waiters import Waiter
@@ -52,6 +64,7 @@ log = logging.getLogger(__name__)
 LOCAL_INTERVAL_S = 0.05
 REMOTE_INTERVAL_S = 1.0
 IMAGE_TIMEOUT_S = 60.0
+LEASE_POLL_S = 1.0
 IMAGE_TRIES = 50
 
 
@@ -93,6 +106,7 @@ class Status:
         synced_at: all that was committed before is on every replica.
         pinned_s: age of the oldest frame in the WAL that no checkpoint of ours has finished.
         waiting: TXIDs that some replica lacks and that are kept for it, their bytes in memory, and on the disk.
+        lease: who has it, as far as this process knows; None where there is none.
     """
 
     path: Path
@@ -108,6 +122,7 @@ class Status:
     waiting: tuple[int, int, int] = (0, 0, 0)
     counts: Counts = field(default_factory=Counts)
     pinned_s: float = 0.0
+    lease: LeaseStatus | None = None
 
 
 class Replicator:
@@ -135,6 +150,8 @@ class Replicator:
         history: History | Sequence[History] | None = History(),  # noqa: B008  frozen
         verify_interval_s: float | None = None,
         format: Format = "ltx",
+        lease: bool | Lease | LeaseTerms = False,
+        takeover: bool = False,
         on_failure: Callable[[ReplicatorError], None] | None = None,
         sync: Literal["interval", "commit"] = "interval",
         names: Sequence[str] = (),
@@ -155,29 +172,42 @@ class Replicator:
             history: how much of the past is kept: for all replicas, or one for each in order; None keeps raw files only, for ever.
             verify_interval_s: time between two drills, in which each replica is restored and compared with the page table; none when not given.
             format: "ltx", that of Litestream 0.5, or "v0.3", that of 0.3: generations with snapshots and WAL segments.
+            lease: one writer at a time. True, or its terms, for a lease of this database alone, in the first replica; or a `Lease` that is shared with
+                other databases, and closed by its owner. Then the first replica decides who owns the database: the others only get what it has.
+            takeover: wait for the lease, and go on from the other owner's state: what only this machine had is kept in a file, not merged.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
             sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
             names: of the replicas, in order, for `wait(replicas=...)`; their kinds ("file", "s3") when not given.
 
         Raises:
-            ConfigError: no replica, a malformed URL, not as many histories or names as replicas, drills in format v0.3, or an interval with
-                `sync="commit"`.
+            ConfigError: no replica, a malformed URL, not as many histories or names as replicas, drills or a lease in format v0.3, takeover
+                without a lease, or an interval with `sync="commit"`.
         """
         if not replicas:
             raise ConfigError(f"must specify at least one replica URL for {path}")
         # SQLite follows links and puts the WAL beside the real file; so must everything here.
         self._path = Path(os.path.realpath(path))
         self._clients = [open_client(item) if isinstance(item, str) else item for item in replicas]
-        writer = secrets.randbits(63) | 1
-        self._writing = writing(format, self._clients, writer=writer)
+        if takeover and not lease:
+            raise ConfigError(f"takeover goes with a lease: {path}")
+        histories = [history] * len(replicas) if isinstance(history, History) or history is None else list(history)
+        if len(histories) != len(replicas):
+            raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
+        self._lease, self._owns_lease = _lease_of(lease, self._clients[0])
+        self._forget_lease: Callable[[], None] | None = None
+        self._takeover = takeover
+        self._writing = writing(
+            format,
+            self._clients,
+            writer=writer_number(0, secrets.randbits(40)),
+            lease=self._lease,
+            l0_retention_s=min((item.l0_retention_s for item in histories if item is not None and item.l0_retention_s), default=0.0),
+        )
         self._replicas = self._writing.replicas
         if verify_interval_s is not None and format != "ltx":
             raise ConfigError(f"format {format} has no drills: verify_interval_s goes with ltx")
         if len({replica.url for replica in self._replicas}) < len(self._replicas) and all(isinstance(item, str) for item in replicas):
             raise ConfigError(f"a replica URL is given twice for {path}")
-        histories = [history] * len(replicas) if isinstance(history, History) or history is None else list(history)
-        if len(histories) != len(replicas):
-            raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
         self._names = list(names) or [client.kind for client in self._clients]
         if len(self._names) != len(replicas):
             raise ConfigError(f"{len(replicas)} replicas, but {len(self._names)} names for {path}")
@@ -197,6 +227,7 @@ class Replicator:
             busy_timeout_s=busy_timeout_s,
             staging_limit_bytes=staging_limit_bytes,
             force_snapshot=force_snapshot,
+            tenant=Tenant(self._lease, takeover=takeover) if self._lease is not None else None,
         )
         self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
         self._loop = EngineThread(
@@ -216,10 +247,14 @@ class Replicator:
 
     # -- life --------------------------------------------------------------------------------------------------------------------
 
-    def start(self) -> Self:
-        """Attach to the database and the replicas, and begin.
+    def start(self, *, lease_timeout_s: float | None = None) -> Self:
+        """Attach to the database and the replicas, and begin. With a lease: the database is claimed then.
+
+        Args:
+            lease_timeout_s: with takeover, how long to wait for the lease; as long as it takes when not given.
 
         Raises:
+            LeaseError: somebody else has the lease or has owned the replica since, or the store cannot do this.
             DatabaseStateError, ReplicaStateError, RestoreError, StorageError: it cannot begin. A store that is only unavailable is no
                 error: it is tried again in the background, and `status` says so.
         """
@@ -229,12 +264,15 @@ class Replicator:
         self._pid = os.getpid()
         board.state = "starting"
         try:
-            board.begin(self._engine.open(), self._engine.txid)
+            self._open(lease_timeout_s)
         except StorageUnavailable as error:
             board.report(error)
         except BaseException:
             board.state = "stopped"
+            self._give_lease_back(is_stored=True)
             raise
+        if self._lease is not None:
+            self._forget_lease = self._lease.on_loss(board.fail)
         name = self._path.name
         self._threads.append(start_thread(f"pyrepl {name}", self._loop.run))
         for replica, history in zip(self._replicas, self._histories, strict=True):
@@ -245,6 +283,22 @@ class Replicator:
         if self._drills is not None:
             self._threads.append(start_thread(f"pyrepl {name} drills", self._drills.run))
         return self
+
+    def _open(self, lease_timeout_s: float | None) -> None:
+        end = None if lease_timeout_s is None else time.monotonic() + lease_timeout_s
+        told = False
+        while True:
+            try:
+                self._board.begin(self._engine.open(), self._engine.txid)
+                return
+            except LeaseHeld as error:
+                if not self._takeover or (end is not None and time.monotonic() >= end):
+                    raise
+                if not told:
+                    log.info("waiting for the lease db=%s url=%s owner=%s", self._path, error.url, error.owner)
+                    told = True
+                left = math.inf if end is None else max(0.0, end - time.monotonic())
+                time.sleep(min(left, max(error.wait_s, 0.05), LEASE_POLL_S))
 
     def _keeping(self, replica: Replica, history: History) -> Callable[[], None]:
         def run() -> None:
@@ -304,11 +358,19 @@ class Replicator:
             self._threads = []
             self._closed = True
             self._engine.close()
+            self._give_lease_back(is_stored=failure is None and board.fatal is None)
             for client in self._clients:
                 client.close()
             board.state = "failed" if board.fatal else "stopped"
         if failure is not None or board.fatal is not None:
             raise failure or board.fatal  # type: ignore[misc]
+
+    def _give_lease_back(self, *, is_stored: bool) -> None:
+        """Where something was not stored the lease runs out by itself, so that the next start here may still be the first."""
+        if self._forget_lease is not None:
+            self._forget_lease()
+        if self._lease is not None and self._owns_lease:
+            self._lease.close(release=is_stored)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -473,6 +535,7 @@ class Replicator:
                 board.waiting(),
                 replace(board.counts),
                 engine.pinned_s,
+                self._lease.status() if self._lease is not None else None,
             )
 
     def reached(self) -> tuple[TXID, TXID]:
@@ -517,6 +580,16 @@ class Replicator:
             raise DatabaseStateError(
                 "this process was forked from the one that replicates", hint="create the Replicator after fork(), in one process"
             )
+
+
+def _lease_of(lease: bool | Lease | LeaseTerms, home: ReplicaClient) -> tuple[Lease | None, bool]:
+    """Return the lease, and whether it is the replicator's own."""
+    if isinstance(lease, Lease):
+        return lease, False
+    if not lease:
+        return None, False
+    terms = lease if isinstance(lease, LeaseTerms) else LeaseTerms()
+    return Lease(home, owner=terms.owner or None, ttl_s=terms.ttl_s), True
 
 
 def _has_problem(item: ReplicaStatus) -> bool:

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image
-from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning
+from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaBroken, StorageUnavailable
+from replicator.filling import copy
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Header
 from replicator.format.sqlite import lock_pgno
 from replicator.format.wal import WAL_HEADER_SIZE, frame_size
@@ -40,6 +41,7 @@ from replicator.replica import Replica
 from replicator.scan import all_pages, differing_pages
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
+from replicator.takeover import Tenant, newest_raw, restore_newest, salvage
 from replicator.walreader import Changes, WALFile
 
 if TYPE_CHECKING:
@@ -51,8 +53,17 @@ MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
 CLOCK_BACK_MS = 60_000
 KNOWN_EVERY_S = 5.0
+CLAIM_TRIES = 8
 
 log = logging.getLogger(__name__)
+
+
+class _Overtaken(Exception):
+    """Another writer appended between the look at the replica and the claim. The lease is ours: look again."""
+
+    def __init__(self, error: Fenced) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class NotSynced(DatabaseStateError):
@@ -84,8 +95,10 @@ class Engine:
         busy_timeout_s: float,
         staging_limit_bytes: int,
         force_snapshot: bool = False,
+        tenant: Tenant | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`tenant`: of a lease. Then the first replica decides who owns the database, and the others only get what it has."""
         self.path = path
         self.replicas = replicas
         self.lock = threading.RLock()
@@ -98,6 +111,7 @@ class Engine:
         self._busy_timeout_s = busy_timeout_s
         self._staging_limit = staging_limit_bytes
         self._force_snapshot = force_snapshot
+        self._tenant = tenant
         self._clock = clock
         self._database = Database(path, busy_timeout_s=busy_timeout_s)
         self._table: PageTable | None = None
@@ -127,24 +141,102 @@ class Engine:
     def open(self) -> list[Entry]:
         """Lock, connect, find the position; returns entries that an earlier run staged and did not store.
 
+        With a lease, the database is claimed when this returns: the claim is among the entries, and on the first replica.
+
         Raises:
             EngineRunning: another engine holds the metadata directory.
+            LeaseError: somebody else has the lease, or owned the replica since.
             DatabaseStateError, ReplicaStateError, RestoreError, StorageError: see there. Everything is released again.
         """
-        try:
-            return self._open()
-        except BaseException:
-            self.close()
-            raise
+        for left in reversed(range(CLAIM_TRIES)):
+            try:
+                return self._open()
+            except _Overtaken as overtaken:
+                self.close()
+                log.warning("another writer was faster than the claim, looking again db=%s error=%r", self.path, str(overtaken.error))
+                if not left:
+                    raise overtaken.error from None
+            except BaseException:
+                self.close()
+                raise
+        raise AssertionError("unreachable")
 
     def _open(self) -> list[Entry]:
+        if self._tenant is not None:
+            self._move_in(self._tenant)
         if not self.path.exists():
             raise DatabaseNotFound(self.path)
         self._database.open()
-        self._take_lock()
+        if self._lock_file < 0:
+            self._take_lock()
         self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit)
         self._scratch.clear()
-        return self._join()
+        entries = self._join()
+        return entries if self._tenant is None else self._claim(entries)
+
+    def _move_in(self, tenant: Tenant) -> None:
+        """Take the lease, and make sure that the database is not behind the replica. Nothing is connected yet."""
+        home = self.replicas[0]
+        self._take_lock()
+        number = tenant.acquire(self._folder)
+        for replica in self.replicas:
+            replica.writer = number
+        foreign = tenant.foreign(home.client, self._folder)
+        if not self.path.exists():
+            if tenant.takeover and newest_raw(home.client) is not None:
+                restore_newest(home.client, self.path, self._folder)
+            return
+        if foreign is None:
+            return
+        self._database.open()
+        try:
+            tenant.salvaged = salvage(self._database, self._folder)
+        finally:
+            self._database.close()
+        if not tenant.takeover:
+            kept = f"; what only this machine had is in {tenant.salvaged}" if tenant.salvaged is not None else ""
+            why = f"{foreign.who} stored TXID {foreign.info.max_txid:016x} since{kept}"
+            raise Fenced(home.url, foreign.info.max_txid, why=why, hint="start with takeover to restore that state and go on from there")
+        restore_newest(home.client, self.path, self._folder)
+
+    def _claim(self, staged: list[Entry]) -> list[Entry]:
+        """Append the next TXID to the first replica. Where that holds nothing yet, its first file will be the claim."""
+        home = self.replicas[0]
+        if not home.online:
+            raise StorageUnavailable(f"the replica that decides who owns the database does not answer: {home.url}: {home.error}")
+        if not self.txid:
+            return staged
+        try:
+            self._bring_home(home, staged)
+            entry = self.advance() or self._first_page()
+            home.store(entry.files, entry.txid)
+        except Fenced as error:
+            raise _Overtaken(error) from error
+        self.settled(entry)
+        log.info("claimed db=%s replica=%s txid=%016x", self.path, home.url, entry.txid)
+        return [*staged, entry]
+
+    def _bring_home(self, home: Replica, staged: Sequence[Entry]) -> None:
+        """Store on the first replica what comes before the claim: staged entries of ours, or what another replica has."""
+        for entry in staged:
+            if entry.txid > home.txid:
+                home.store(entry.files, entry.txid)
+        head = max((replica for replica in self.replicas if replica.online), key=lambda replica: replica.txid)
+        if head.txid > home.txid and not home.needs_image:
+            copy(head, home, self.scratch)
+        if home.needs_image or home.txid != self.txid:
+            raise ReplicaBroken(home.url, home.txid, self.txid + 1)
+
+    def _first_page(self) -> Entry:
+        """Encode page 1 as it is: a TXID that changes nothing."""
+        assert self._staging is not None
+        txid, position = TXID(self.txid + 1), self._position
+        header = self._header(txid, txid, self._commit, position)
+        page = bytes(self._database.pages(1, 1, self._database.overlay(position), position.salts))
+        out, encoded = encode(self._staging, 0, header, [(1, page)])
+        self._xor = self._xor_after(encoded, self._commit)
+        self.txid = txid
+        return Entry(txid, (out,), encoded, self._database.page_size, self._commit, header.timestamp_ms, position)
 
     def _join(self) -> list[Entry]:
         """Find out where the replicas are, and go on there. (This and what is encoded differ in `v3engine.py`.)"""

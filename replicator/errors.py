@@ -39,6 +39,9 @@
         Diverged             (url, other, txid) two replicas hold different files of one TXID
       LeaseError             this process is not the writer
         Fenced               (txid) another writer appended at our TXID
+        LeaseHeld            (owner, generation, wait_s) somebody else has the lease
+        LeaseLost            (owner, generation) it was ours, and somebody else has it now
+        ConditionsIgnored    (url) the store cannot keep two writers apart
       ConfigError            a bad setting: URL, option, path
       RequestRefused         (status) a running daemon refuses what it was asked
       WaitTimeout            (pending) not stored in the time given; outcome unknown
@@ -57,6 +60,7 @@ __all__ = [
     "CannotResume",
     "ChecksumMismatch",
     "ConditionUnsupported",
+    "ConditionsIgnored",
     "ConfigError",
     "ContinuityLost",
     "CopyChanged",
@@ -72,6 +76,8 @@ __all__ = [
     "GenerationNotAvailable",
     "IntegrityCheckFailed",
     "LeaseError",
+    "LeaseHeld",
+    "LeaseLost",
     "LineageMismatch",
     "MissingSegment",
     "NoBackups",
@@ -429,11 +435,44 @@ class LeaseError(ReplicatorError):
 class Fenced(LeaseError):
     """Another writer appended at the TXID that this process was about to write."""
 
-    def __init__(self, url: str, txid: int, *, why: str = "") -> None:
+    def __init__(self, url: str, txid: int, *, why: str = "", hint: str = "") -> None:
         self.url, self.txid = url, txid
         super().__init__(
             f"another writer owns the replica: {url} ({why or f'TXID {txid:016x} holds other bytes'})",
-            hint="only one process may write a replica; stop one of them, then restart",
+            hint=hint or "only one process may write a replica; stop one of them, then restart",
+        )
+
+
+class LeaseHeld(LeaseError):
+    """Somebody else has the lease. `wait_s`: seconds after which it may be free, if its owner does not renew it."""
+
+    def __init__(self, url: str, *, owner: str, generation: int, wait_s: float) -> None:
+        self.url, self.owner, self.generation, self.wait_s = url, owner, generation, wait_s
+        super().__init__(
+            f"lease is held by {owner or 'somebody'}: {url} (generation {generation})",
+            hint=f"it is free {wait_s:.0f} s after its owner last renewed it; takeover waits for that, `pyrepl lease show` shows it",
+        )
+
+
+class LeaseLost(LeaseError):
+    """The lease was this process's, and is not any more."""
+
+    def __init__(self, url: str, *, owner: str, generation: int) -> None:
+        self.url, self.owner, self.generation = url, owner, generation
+        super().__init__(
+            f"lease is lost to {owner or 'nobody, the object was removed'}: {url} (generation {generation})",
+            hint="nothing more is acknowledged; start again with takeover to follow the new owner's state",
+        )
+
+
+class ConditionsIgnored(LeaseError):
+    """A store that ignores the conditions of writes was asked to keep two writers apart."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(
+            f"store ignores conditional writes, so that a lease would protect nothing: {url}",
+            hint="use a store that honours If-None-Match and If-Match, or replicate without a lease",
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from replicator.board import Board
 from replicator.engine import Engine
-from replicator.errors import DatabaseStateError, LeaseError, ReplicaStateError, ReplicatorError, StorageUnavailable
+from replicator.errors import DatabaseStateError, LeaseError, LeaseHeld, ReplicaStateError, ReplicatorError, StorageUnavailable
 from replicator.outbox import Entry
 from replicator.watch import Watch
 
@@ -75,10 +75,10 @@ class EngineThread:
             try:
                 board.counts.syncs += 1
                 news = self._sync()
-            except (LeaseError, ReplicaStateError) as error:
-                board.fail(error)
-                return
             except TEMPORARY as error:
+                if isinstance(error, (LeaseError, ReplicaStateError)) and not isinstance(error, LeaseHeld):
+                    board.fail(error)
+                    return
                 board.report(error)
                 board.counts.sync_errors += 1
                 failures += 1

@@ -3,6 +3,11 @@
 A replica is an append-only log whose next slot has a known name, so appending is creating a file that must not exist. Three outcomes
 exist. *Stored*: the create succeeded, or the file is there with our bytes (a lost reply, or our own earlier try). *Fenced*: it is
 there with other bytes. *Unknown*: anything else; the same bytes are tried again later, and nothing else may be written in between.
+
+**A writer that slept.** The next slot is only taken as long as nobody has merged and deleted the file in it. So an append counts if not more than
+`REREAD_S` have passed, as far as the clocks can tell, since it was last certain that nobody else had appended: since the append before it
+was *sent*, or the listing at the start. After a longer time raw files are listed from the next slot on, where the newest one always stays: any
+that is not ours is another writer's. With a lease nothing counts while its time is over; where it was over, raw files are listed, too.
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from replicator.chain import list_files, read_file
+from replicator.clock import SYSTEM, Clock, Moment, longest_s
 from replicator.errors import (
     ConditionUnsupported,
+    ConditionsIgnored,
     CorruptReplica,
     Fenced,
     FormatError,
@@ -32,7 +39,9 @@ from replicator.errors import (
     RestoreError,
     StorageError,
 )
+from replicator.format.lock import token_of
 from replicator.format.ltx import LTX_HEADER_SIZE, TRAILER_SIZE, TXID, Decoder, FileInfo, decode_header
+from replicator.lease import Lease
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
@@ -42,6 +51,8 @@ __all__ = ["Replica", "new_lineage", "read_lineage", "same_bytes"]
 
 LINEAGE = "pyrepl/lineage.json"
 COMPARE_BYTES = 1 << 20
+REREAD_S = 150.0
+"""Half of the time for which raw files are kept, by default here and in Litestream."""
 READ_SLICE_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
@@ -75,17 +86,33 @@ def new_lineage() -> bytes:
 class _Metadata:
     lineage: bytes
     writer: int
+    lease: Lease | None
 
     def as_dict(self) -> dict[str, str]:
-        return {"pyrepl-lineage": self.lineage.hex(), "pyrepl-writer": f"{self.writer:016x}"}
+        found = {"pyrepl-lineage": self.lineage.hex(), "pyrepl-writer": f"{self.writer:016x}"}
+        if self.lease is not None and token_of(self.writer):
+            owner = "".join(character if " " < character <= "~" else "_" for character in self.lease.owner)[:256]
+            found |= {"pyrepl-generation": str(self.lease.generation), "pyrepl-owner": owner or "_"}
+        return found
 
 
 class Replica:
     """A replica that this process appends to. `open` first; used by one thread at a time."""
 
-    def __init__(self, client: ReplicaClient, *, writer: int) -> None:
-        """`writer`: random non-zero number of this process, stored in each file's header (node id)."""
+    def __init__(
+        self, client: ReplicaClient, *, writer: int, lease: Lease | None = None, clock: Clock = SYSTEM, reread_s: float = REREAD_S
+    ) -> None:
+        """
+        Args:
+            writer: random non-zero number of this process, stored in each file's header (node id).
+            lease: without which nothing counts as stored.
+            reread_s: for how long it stays certain that nobody else has appended.
+        """
         self.client = client
+        self.lease = lease
+        self._clock, self._reread_s = clock, reread_s
+        self._lapses = 0
+        self._alone_since: Moment | None = None  # sent then: what proved last that nobody else had appended
         self.txid = TXID(0)
         self.writer = writer
         self.conditional = True
@@ -123,7 +150,9 @@ class Replica:
             ReplicaBroken: the stored chain has a gap.
             StorageError: it cannot be read.
         """
+        began = self._clock.now()
         self.relist()
+        self._alone_since = began
         files = self.listing()
         try:
             self.txid = chain_end(files)
@@ -175,6 +204,8 @@ class Replica:
                     raise LineageMismatch(self.url, expected=lineage.hex(), got=(now or b"").hex()) from None
         self._lineage = lineage
         self.conditional = probe_conditional_writes(self.client).create
+        if not self.conditional and self.lease is not None:
+            raise ConditionsIgnored(self.url)
         if not self.conditional:
             log.warning("store ignores conditional writes, a second writer is found late replica=%s", self.url)
 
@@ -242,17 +273,42 @@ class Replica:
         return mine[0].size == theirs[0].size and _trailer(self.client, mine[0]) == _trailer(other.client, theirs[0])
 
     def store(self, files: Sequence[OutFile], txid: TXID) -> None:
-        """Append the files of the next TXID. Returns when all are stored durably.
+        """Append the files of the next TXID. Returns when all are stored durably, and nobody else can have appended: they may be acknowledged.
 
         Raises:
-            Fenced: a file is there with other bytes.
+            Fenced: a file is there with other bytes, or another writer has appended while this one slept.
+            LeaseLost: somebody else has the lease.
             StorageError: not stored, or unknown; call again with the same files.
         """
+        self._make_sure(())
+        sent = self._clock.now()
         for file in files:
             self._store(file)
+        self._make_sure(files)
+        for file in files:
             self._sent(file)
+        self._alone_since = sent
         self.txid = max(self.txid, txid)
         self.last_stored_at = datetime.now(UTC)
+
+    def _make_sure(self, own: Sequence[OutFile]) -> None:
+        """Return when the lease is in force, if there is one, and nobody else has appended. `own`: what is being stored."""
+        if self.lease is not None:
+            self.lease.confirm()
+            if self.lease.lapses != self._lapses:
+                # Its time was over for a while. Nobody has taken it, but not everybody may have asked for it.
+                self._lapses, self._alone_since = self.lease.lapses, None
+        now = self._clock.now()
+        if self._alone_since is not None and longest_s(self._alone_since, now) < self._reread_s:
+            return
+        if not self.listed:  # a key that may only write: creating never overwrites
+            log.debug("replica cannot be listed, other writers are found by the next file only replica=%s", self.url)
+            return
+        mine = {(file.min_txid, file.max_txid) for file in own if file.level == 0}
+        for info in self.client.list(0, seek=TXID(self.txid + 1)):
+            if (info.min_txid, info.max_txid) not in mine:
+                raise Fenced(self.url, info.max_txid, why=f"TXID {info.max_txid:016x} was stored by another writer while this one slept")
+        self._alone_since = now
 
     def add(self, file: OutFile) -> None:
         """Store a merged file or a full image beside the chain. A sound one that stands there already is as good: it holds the same states."""
@@ -298,7 +354,7 @@ class Replica:
         self.record(_info(file))
 
     def _store(self, file: OutFile) -> None:
-        metadata = _Metadata(self._lineage, self.writer).as_dict()
+        metadata = _Metadata(self._lineage, self.writer, self.lease).as_dict()
         if not self.conditional and self._holds(file):
             return
         try:

@@ -85,6 +85,14 @@ class Uploader:
             return None
         if not replica.online:
             return lambda: self._engine.join_later(replica)
+        home = board.replicas[0] if replica.lease is not None else replica
+        if replica is not home:
+            # The first replica decides who owns the database: the others only get what it has, so that they hold nobody else's.
+            entry = board.next_for(replica)
+            if home.txid <= replica.txid or (entry is not None and entry.txid > home.txid):
+                return None
+            if entry is None and home.txid < board.given_out and (replica.needs_image or self._source_failed):
+                return None
         if replica.needs_image:
             return self._store_image
         if (entry := board.next_for(replica)) is not None:
@@ -110,6 +118,9 @@ class Uploader:
     def _store_image(self) -> None:
         log.info("replica lacks files and gets a full image replica=%s have=%016x", self._replica.url, self._replica.txid)
         with self._images.take(self._board.given_out) as image:
+            home = self._board.replicas[0]
+            if self._replica.lease is not None and self._replica is not home and image.max_txid > home.txid:
+                raise StorageUnavailable(f"{home.url} must have TXID {image.max_txid:016x} first")
             store_image(self._replica, image, self._engine.scratch)
         self._source_failed = False
 
