@@ -41,7 +41,7 @@ from replicator.replica import Replica
 from replicator.scan import all_pages, differing_pages
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
-from replicator.takeover import Tenant, newest_raw, restore_newest, salvage
+from replicator.takeover import Overtaken, Tenant, newest_raw, restore_newest, salvage, until_claimed
 from replicator.walreader import Changes, WALFile
 
 if TYPE_CHECKING:
@@ -53,17 +53,8 @@ MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
 CLOCK_BACK_MS = 60_000
 KNOWN_EVERY_S = 5.0
-CLAIM_TRIES = 8
 
 log = logging.getLogger(__name__)
-
-
-class _Overtaken(Exception):
-    """Another writer appended between the look at the replica and the claim. The lease is ours: look again."""
-
-    def __init__(self, error: Fenced) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class NotSynced(DatabaseStateError):
@@ -148,18 +139,11 @@ class Engine:
             LeaseError: somebody else has the lease, or owned the replica since.
             DatabaseStateError, ReplicaStateError, RestoreError, StorageError: see there. Everything is released again.
         """
-        for left in reversed(range(CLAIM_TRIES)):
-            try:
-                return self._open()
-            except _Overtaken as overtaken:
-                self.close()
-                log.warning("another writer was faster than the claim, looking again db=%s error=%r", self.path, str(overtaken.error))
-                if not left:
-                    raise overtaken.error from None
-            except BaseException:
-                self.close()
-                raise
-        raise AssertionError("unreachable")
+        try:
+            return until_claimed(self._open, self.close)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> list[Entry]:
         if self._tenant is not None:
@@ -211,7 +195,7 @@ class Engine:
             entry = self.advance() or self._first_page()
             home.store(entry.files, entry.txid)
         except Fenced as error:
-            raise _Overtaken(error) from error
+            raise Overtaken(error) from error
         self.settled(entry)
         log.info("claimed db=%s replica=%s txid=%016x", self.path, home.url, entry.txid)
         return [*staged, entry]

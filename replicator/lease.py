@@ -190,7 +190,8 @@ class Lease:
         self._seen: Sighting | None = None
         self._sent: dict[int, Moment] = {}  # when our records were sent, by serial
         self._serial = 0
-        self._floor = 0
+        self._generation = 0  # of our last term
+        self._floor = 0  # the highest that was seen
         self._state: LeaseState = "none"
         self._error: str | None = None
         self._lost: LeaseLost | None = None
@@ -207,8 +208,8 @@ class Lease:
 
     @property
     def generation(self) -> int:
-        """The fencing token; that of the last term when there is none now."""
-        return self._floor
+        """The fencing token; that of our last term when there is none now, and 0 before the first."""
+        return self._generation
 
     def status(self) -> LeaseStatus:
         """Return what is known, without a request."""
@@ -220,6 +221,11 @@ class Lease:
         if record is None:
             return LeaseStatus(self.url, self._state, "", self._floor, None, self._error)
         return LeaseStatus(self.url, self._state, record.owner, record.generation, record.expires, self._error)
+
+    def due_s(self) -> float | None:
+        """Return in how many seconds it must be renewed; None when there is nothing to renew."""
+        term = self._term
+        return None if term is None else renewal_due_in_s(term, self._clock.now())
 
     def on_loss(self, listener: Callable[[LeaseError], None]) -> Callable[[], None]:
         """Let `listener` be called, by any thread, when the lease is lost; returns a function that ends this."""
@@ -272,9 +278,9 @@ class Lease:
             else:
                 raise StorageUnavailable(f"lease changes hands again and again: {self.url}")
             self._lost, self._ends = None, False
-            log.info("lease acquired url=%s owner=%s generation=%d", self.url, self.owner, self._floor)
+            log.info("lease acquired url=%s owner=%s generation=%d", self.url, self.owner, self._generation)
             self._begin_renewing()
-            return self._floor
+            return self._generation
 
     def confirm(self) -> int:
         """Return the fencing token if the lease is in force now, and renew it first where its time is over.
@@ -288,7 +294,7 @@ class Lease:
             return term.record.generation
         with self._asking:
             if self._term is None:
-                raise self._lost or LeaseLost(self.url, owner="", generation=self._floor)
+                raise self._lost or LeaseLost(self.url, owner="", generation=self._generation)
             if not is_in_force(self._term, self._clock.now()):
                 self.renew()
                 if not is_in_force(self._term, self._clock.now()):
@@ -306,7 +312,7 @@ class Lease:
             for _ in range(WRITE_TRIES):
                 term = self._term
                 if term is None:
-                    raise self._lost or LeaseLost(self.url, owner="", generation=self._floor)
+                    raise self._lost or LeaseLost(self.url, owner="", generation=self._generation)
                 now = self._clock.now()
                 record = replace(term.record, expires_at=now.wall + self.ttl_s, ttl_s=self.ttl_s)
                 if self._write(record, term.etag):
@@ -331,7 +337,7 @@ class Lease:
                     written = False
                 self._term = None
                 self._state = "released"
-                log.info("lease %s url=%s generation=%d", "released" if written else "was not ours any more", self.url, self._floor)
+                log.info("lease %s url=%s generation=%d", "released" if written else "was not ours any more", self.url, self._generation)
 
     def close(self, *, release: bool = True) -> None:
         """Stop renewing, and release. A store that does not answer is no error: the lease runs out by itself."""
@@ -416,7 +422,8 @@ class Lease:
         if self._term is not None and not is_in_force(self._term, self._clock.now()):
             self.lapses += 1
         self._term, self._seen, self._state = term, None, "held"
-        self._floor = max(self._floor, term.record.generation)
+        self._generation = term.record.generation
+        self._floor = max(self._floor, self._generation)
         for serial in [serial for serial in self._sent if serial < term.record.serial]:
             del self._sent[serial]
 
@@ -445,10 +452,9 @@ class Lease:
         """Body of the thread: renew until it is lost, or given up."""
         failed = False
         while True:
-            term = self._term
-            if term is None:
+            due_s = self.due_s()
+            if due_s is None:
                 return
-            due_s = renewal_due_in_s(term, self._clock.now())
             if failed:
                 due_s = max(due_s, self.ttl_s * RETRY_PART)
             with self._changed:

@@ -19,15 +19,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbits
+from typing import TypeVar
 
 from replicator import livefile
 from replicator.atomic import AtomicFile, write_file
 from replicator.db import Database, Image
-from replicator.errors import FormatError, StorageError
+from replicator.errors import Fenced, FormatError, StorageError
 from replicator.format.checksum import page_checksum
 from replicator.format.lock import token_of, writer_number
 from replicator.format.ltx import LTX_HEADER_SIZE, TXID, Decoder, FileInfo, Header, decode_header, format_txid
@@ -40,12 +41,40 @@ from replicator.restorer import restore_database
 from replicator.storage.base import ReplicaClient
 from replicator.tail import NO_WAL
 
-__all__ = ["Foreign", "Tenant", "newest_raw", "restore_newest", "salvage", "seed_table"]
+__all__ = ["Foreign", "Overtaken", "Tenant", "newest_raw", "restore_newest", "salvage", "seed_table", "until_claimed"]
 
 KEPT_WRITERS = 64
+CLAIM_TRIES = 8
 READ_BYTES = 1 << 20
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
+
+
+class Overtaken(Exception):
+    """Another writer appended between the look at the replica and the claim. `error` says where."""
+
+    def __init__(self, error: Fenced) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def until_claimed(attempt: Callable[[], T], undo: Callable[[], None]) -> T:
+    """Carry out an attempt to become the owner, steps 1 to 5. When somebody was faster than the claim the lease is still ours: look again.
+
+    Raises:
+        Fenced: somebody was faster each time.
+    """
+    for left in reversed(range(CLAIM_TRIES)):
+        try:
+            return attempt()
+        except Overtaken as overtaken:
+            undo()
+            log.warning("another writer was faster than the claim, looking again error=%r", str(overtaken))
+            if not left:
+                raise overtaken.error from None
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True, slots=True)
