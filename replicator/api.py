@@ -52,7 +52,7 @@ from replicator.restorer import RestoreResult, first_answer
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
-from replicator.takeover import Tenant
+from replicator.takeover import Tenant, seed_table
 from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
 from replicator.v3restore import newest_first, restore_any
 from replicator.waiters import Waiter
@@ -283,6 +283,16 @@ class Replicator:
         if self._drills is not None:
             self._threads.append(start_thread(f"pyrepl {name} drills", self._drills.run))
         return self
+
+    def adopt(self, txid: int) -> None:
+        """Take note, before `start`, that the database is exactly the first replica's state of a TXID: it was restored to it, or followed it, and
+        nobody has written since. So it needs no restore when it takes over, and no download for a page table. Nothing to do without a lease.
+
+        Raises:
+            StorageError: the replica cannot be read.
+        """
+        if self._lease is not None and txid:
+            seed_table(self._clients[0], self._path, self._engine.folder, TXID(txid))
 
     def _open(self, lease_timeout_s: float | None) -> None:
         end = None if lease_timeout_s is None else time.monotonic() + lease_timeout_s

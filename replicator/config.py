@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
 from replicator.errors import ConfigError
 from replicator.expand import expand_environment
+from replicator.format.lock import MAX_TTL_S
 from replicator.formats import Format
 from replicator.levels import History
 from replicator.storage.locations import ABSSettings, StoreSettings, check_path, make_settings, parse_store_url
@@ -41,6 +42,7 @@ __all__ = [
     "Config",
     "Daemon",
     "DatabaseSettings",
+    "LeaseSettings",
     "Logging",
     "Note",
     "ReplicaSettings",
@@ -130,10 +132,24 @@ class ReplicaSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseSettings:
+    """A lease: of one database, in its first replica, or one for all that stands in a place of its own, `home`.
+
+    `takeover`: wait for it, and go on from another owner's state.
+    """
+
+    home: ReplicaSettings | None = None
+    ttl_s: float = 30.0
+    owner: str = ""
+    takeover: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseSettings:
     """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off.
 
     `format`: in which all its replicas are written. `sync`: "commit" uploads commits at once, whatever `sync_interval_s` of a replica says.
+    `lease`: None for none.
     """
 
     path: Path
@@ -147,6 +163,7 @@ class DatabaseSettings:
     restore_if_db_not_exists: bool = False
     format: Format = "ltx"
     sync: Literal["interval", "commit"] = "interval"
+    lease: LeaseSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +278,10 @@ _TOP_ELSEWHERE = {
 _TOP_OWN = frozenset(
     [
         "dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging", "addr", "exec", "socket",
-        "shutdown-sync-timeout", "shutdown-sync-interval", "heartbeat-url", "heartbeat-interval",
+        "shutdown-sync-timeout", "shutdown-sync-interval", "heartbeat-url", "heartbeat-interval", "lease",
     ]
 )  # fmt: skip
+_LEASE = frozenset(["ttl", "owner", "takeover"])
 _DIRECTORY = ("dir", "pattern", "recursive", "watch", "meta-dir")
 _DATABASE_ELSEWHERE = {
     "truncate-page-n": "no checkpoint of this engine truncates the WAL: it has no effect",
@@ -273,7 +291,7 @@ _DATABASE_ELSEWHERE = {
 _DATABASE_OWN = frozenset(
     [
         "path", "meta-path", "monitor-interval", "checkpoint-interval", "busy-timeout", "min-checkpoint-page-count", "verify-interval",
-        "restore-if-db-not-exists", "snapshot", "format", "sync", "replica", "replicas", *_DIRECTORY,
+        "restore-if-db-not-exists", "snapshot", "format", "sync", "replica", "replicas", "lease", *_DIRECTORY,
     ]
 )  # fmt: skip
 
@@ -297,8 +315,8 @@ def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
     top.no_effect_of({**_TOP_ELSEWHERE, **_REPLICA_ELSEWHERE})
     top.no_effect(_NOT_INHERITED, "replicas do not inherit this key: it has no effect here")
     entries = [Table(top.reader, node, where) for node, where in top.items("dbs")]
-    history = _read_history(top, entries)
-    databases = [_read_database(entry, top, history, environ) for entry in entries]
+    history, lease = _read_history(top, entries), _read_lease(top, environ)
+    databases = [_read_database(entry, top, history, lease, environ) for entry in entries]
     _check_unique(top.reader, entries, databases)
     log, daemon = _read_logging(top.table("logging")), _read_daemon(top)
     return Config(tuple(databases), log, tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column))), daemon)
@@ -439,7 +457,53 @@ def _hoisted(top: Table, entries: Sequence[Table], key: str) -> float | None:
     return chosen
 
 
-def _read_database(entry: Table, top: Table, history: History, environ: Mapping[str, str]) -> DatabaseSettings:
+def _read_lease(top: Table, environ: Mapping[str, str]) -> LeaseSettings:
+    """Return what `lease` at the top says: terms for all databases, and with a URL one lease for all of them."""
+    table = top.table("lease", fallback=top)
+    table.check_keys(_LEASE | {"url"} | _S3_KEYS)
+    return replace(_lease_terms(table, LeaseSettings()), home=_lease_home(table, top, environ))
+
+
+def _lease_home(table: Table, top: Table, environ: Mapping[str, str]) -> ReplicaSettings | None:
+    url = table.text("url")
+    if url is None:
+        table.no_effect(_S3_KEYS, "goes with url only: it has no effect")
+        return None
+    kind = scheme(url) if is_url(url) else None
+    if kind == "file":
+        table.no_effect(_S3_KEYS, "of no use for a place of type file: it has no effect")
+        directory = _directory(table, url, None)
+        return ReplicaSettings(kind="file", url=f"file://{directory}", directory=directory)
+    if kind != "s3":
+        table.fail("url", "must be a URL of type file or s3", "give file:///path or s3://bucket/path")
+    s3, key_path = _read_s3(table, top, url, None)
+    return ReplicaSettings(kind="s3", url=s3.url, s3=s3.with_environment(environ), sse_customer_key_path=key_path)
+
+
+def _lease_terms(table: Table, general: LeaseSettings) -> LeaseSettings:
+    ttl_s = table.duration("ttl")
+    if ttl_s is not None and not 1 <= ttl_s <= MAX_TTL_S:
+        table.fail("ttl", f"must be 1s to {MAX_TTL_S / 3600:g}h")
+    said = {"ttl_s": ttl_s, "owner": table.text("owner"), "takeover": table.boolean("takeover")}
+    return replace(general, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _database_lease(entry: Table, general: LeaseSettings) -> LeaseSettings | None:
+    """Return a database's lease: that of all, if there is one, unless it says otherwise."""
+    node = entry.own("lease")
+    if node is None:
+        return general if general.home is not None else None
+    if isinstance(node, ScalarNode):
+        return general if entry.boolean("lease") else None
+    table = entry.table("lease")
+    table.check_keys(_LEASE)
+    terms = _lease_terms(table, general)
+    if general.home is not None and replace(terms, takeover=general.takeover) != general:
+        entry.fail("lease", "ttl and owner are those of the one lease for all databases", "remove them here, or url from lease at the top")
+    return terms
+
+
+def _read_database(entry: Table, top: Table, history: History, leases: LeaseSettings, environ: Mapping[str, str]) -> DatabaseSettings:
     if (directory := entry.node("dir")) is not None:
         hint = "list each database with path"
         entry.reader.fail(directory, f"{entry.named('dir')}: directories come with the daemon release", hint)
@@ -467,6 +531,9 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
     verify_interval = entry.duration("verify-interval", zero=False)
     if verify_interval is not None and form != "ltx":
         entry.fail("verify-interval", f"format {form} has no drills", "remove the key")
+    lease = _database_lease(entry, leases)
+    if lease is not None and form != "ltx":
+        entry.fail("lease" if entry.own("lease") is not None else "format", f"format {form} has no leases", "lease: false")
     intervals = {item.sync_interval_s for item in replicas}
     if len(intervals) > 1:
         entry.reader.warn(tables[0].place, f"{entry.where}: the shortest sync-interval holds for all replicas of a database")
@@ -485,6 +552,7 @@ def _read_database(entry: Table, top: Table, history: History, environ: Mapping[
         restore_if_db_not_exists=bool(entry.boolean("restore-if-db-not-exists")),
         format=form,
         sync="commit" if sync == "commit" else "interval",
+        lease=lease,
     )
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from replicator import config
 from replicator.api import Replicator
 from replicator.errors import ConfigError, ReplicatorError
+from replicator.leases import Leases
 from replicator.storage import open_client, open_replica, redact
 from replicator.storage.measured import Operations, measured
 from replicator.storage.url import is_url, scheme
@@ -53,13 +54,16 @@ class Options:
     force_snapshot: bool = False
     enforce_history: bool = False
     restore_missing: bool = False
+    takeover: bool = False
 
     @property
     def keeps_history(self) -> bool:
         return not self.once or self.enforce_history
 
 
-def member_for(settings: config.DatabaseSettings, options: Options, operations: Operations, on_failure: Callable[[], None]) -> Member:
+def member_for(
+    settings: config.DatabaseSettings, options: Options, operations: Operations, leases: Leases, on_failure: Callable[[], None]
+) -> Member:
     """Return the member of a database in the configuration. Raises `ConfigError`."""
     said = {
         "poll_interval_s": settings.monitor_interval_s,
@@ -83,6 +87,7 @@ def member_for(settings: config.DatabaseSettings, options: Options, operations: 
             verify_interval_s=settings.verify_interval_s,
             format=settings.format,
             on_failure=lambda error: on_failure(),
+            **leases.arguments(settings.lease, takeover=options.takeover),
             **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
         )
         return Prepared(replicator, clients)

@@ -192,6 +192,8 @@ class Engine:
             return staged
         try:
             self._bring_home(home, staged)
+            if self._tenant is not None and self._tenant.has_claimed:
+                return staged
             entry = self.advance() or self._first_page()
             home.store(entry.files, entry.txid)
         except Fenced as error:
@@ -248,6 +250,11 @@ class Engine:
         others = [other for other in self.replicas if other is not replica and other.online]
         head = max(others, key=lambda other: other.txid, default=None)
         join_later(replica, lineage=self._lineage, known=self._known, newest=self.txid, head=head)
+
+    @property
+    def folder(self) -> Path:
+        """Where local state is."""
+        return self._folder
 
     @property
     def place(self) -> str:

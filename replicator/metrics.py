@@ -129,6 +129,8 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
     queue = GaugeMetricFamily("pyrepl_queue_entries", "TXIDs that are kept until every replica has them.", labels=["db"])
     queued = GaugeMetricFamily("pyrepl_queue_bytes", "Their bytes, in memory and staged on the disk.", labels=["db", "place"])
     synced = GaugeMetricFamily("pyrepl_synced_timestamp_seconds", "All older commits are on every replica, since 1970.", labels=["db"])
+    held = GaugeMetricFamily("pyrepl_lease_held", "1 while the database's lease is this process's and in force.", labels=["db"])
+    token = GaugeMetricFamily("pyrepl_lease_generation", "Fencing token of the lease's newest known owner.", labels=["db"])
     labels = ["db", "replica"]
     lag = GaugeMetricFamily("pyrepl_replica_lag_seconds", "Age of the oldest commit that a replica lacks.", labels=labels)
     window = HistogramMetricFamily("pyrepl_loss_window_seconds", "How long commits were on this machine alone, at most.", labels=labels)
@@ -163,6 +165,9 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
         queue.add_metric([db], entries)
         queued.add_metric([db, "memory"], memory)
         queued.add_metric([db, "disk"], staged)
+        if status.lease is not None:
+            held.add_metric([db], float(status.lease.state == "held"))
+            token.add_metric([db], status.lease.generation)
         if status.synced_at is not None:
             synced.add_metric([db], status.synced_at.timestamp())
         for item in status.replicas:
@@ -190,6 +195,8 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
         queue,
         queued,
         synced,
+        held,
+        token,
         lag,
         window,
         recent,

@@ -152,6 +152,10 @@ class Replica:
         """
         began = self._clock.now()
         self.relist()
+        try:
+            chain_end(self.listing())
+        except RestoreError:
+            self.relist()  # a directory is no snapshot: what another writer stores meanwhile may seem to leave a gap
         self._alone_since = began
         files = self.listing()
         try:

@@ -34,6 +34,7 @@ from replicator.errors import (
     ConfigError,
     DatabaseStateError,
     LeaseError,
+    LeaseHeld,
     NoBackups,
     ReplicaStateError,
     ReplicatorError,
@@ -49,6 +50,7 @@ __all__ = ["Member", "Prepared", "State", "Store", "at_once", "stop_all"]
 AT_ONCE = 8
 NOT_READY_RETRY_S = 2.0
 RETRY_S = 5.0
+MIN_LEASE_RETRY_S, LEASE_RETRY_S = 0.05, 1.0
 MAX_RETRY_S = 300.0
 GRACE_S = 5.0
 FAILURES = (ReplicatorError, OSError, sqlite3.Error)
@@ -174,7 +176,7 @@ class Member:
                 if self._prepared is None:
                     self._prepared = self._prepare()
                 self._restore(self._prepared.clients)
-                self._prepared.replicator.start()
+                self._prepared.replicator.start(lease_timeout_s=0.0)
             except FAILURES as error:
                 self._failed(error)
                 return True
@@ -190,7 +192,9 @@ class Member:
         if str(error) != str(self.error):
             log.error("cannot replicate db=%s error=%r", self.path, str(error))
         self.error = error
-        if isinstance(error, (ReplicaStateError, LeaseError, ConfigError)):  # somebody has to look at it first
+        if isinstance(error, LeaseHeld):
+            self.retry_at = time.monotonic() + min(max(error.wait_s, MIN_LEASE_RETRY_S), LEASE_RETRY_S)
+        elif isinstance(error, (ReplicaStateError, LeaseError, ConfigError)):  # somebody has to look at it first
             self.retry_at = math.inf
         else:
             delay = NOT_READY_RETRY_S if isinstance(error, DatabaseStateError) else RETRY_S * 2**self._failures
@@ -203,6 +207,8 @@ class Member:
             try:
                 # Only when all have been asked: what is restored is written to all of them, and one that is away may be ahead.
                 result = restore(newest_first(clients, all_must_answer=True), self.path)
+                if self._prepared is not None:
+                    self._prepared.replicator.adopt(result.txid)
                 log.info("restored db path=%s txid=%016x", self.path, result.txid)
             except NoBackups:
                 log.info("nothing to restore path=%s", self.path)

@@ -98,6 +98,9 @@ class Tenant:
         self.lease, self.takeover = lease, takeover
         self.salvaged: Path | None = None
         """Where what only this machine had was written, when that was found to be necessary."""
+        self.has_claimed = False
+        """The newest raw file was written under the very term that is in force: no other claim can have followed."""
+        self._token = 0
         self._numbers: list[int] = []
         self._instances: list[str] = []
 
@@ -107,9 +110,10 @@ class Tenant:
         Raises:
             LeaseHeld, LeaseError, StorageError: see `Lease.acquire`.
         """
-        self._read(folder)
+        self.remember(folder)
         token = self.lease.acquire(predecessors=[item for item in self._instances if item != self.lease.instance])
         number = writer_number(token, randbits(40))
+        self._token = token_of(number)
         # Before anything is written with it: what is stored under it must be known as ours, whatever happens.
         self._numbers = [*self._numbers, number][-KEPT_WRITERS:]
         self._instances = [*(item for item in self._instances if item != self.lease.instance), self.lease.instance][-KEPT_WRITERS:]
@@ -117,7 +121,8 @@ class Tenant:
         write_file(folder / "writers.json", text.encode() + b"\n")
         return number
 
-    def _read(self, folder: Path) -> None:
+    def remember(self, folder: Path) -> None:
+        """Read which numbers and instances are our own."""
         try:
             found = json.loads((folder / "writers.json").read_bytes())
             self._numbers = [int(item, 16) for item in found["writers"]]
@@ -131,11 +136,13 @@ class Tenant:
         Raises:
             StorageError: the replica cannot be read.
         """
+        self.has_claimed = False
         found = newest_raw(client)
         if found is None:
             return None
         info, header = found
         if not token_of(header.node_id) or header.node_id in self._numbers:
+            self.has_claimed = token_of(header.node_id) == self._token
             return None
         table = PageTable.open(folder / "pages")
         if table is not None:
@@ -252,8 +259,12 @@ def salvage(database: Database, folder: Path) -> Path | None:
             known, first, last = None, TXID(1), TXID(table.state.txid + 1 if table is not None else 1)
         header = Header(image.page_size, image.commit, first, last, time.time_ns() // 1_000_000)
         unsent = _pages_in([path for _, path in staged]) if known is not None else set()
-        pages = _tail(database, image, known, unsent)
+        pages: Iterator[tuple[int, bytes | memoryview]] = _tail(database, image, known, unsent)
         one = next(pages, None)
+        if one is not None and one[0] == 1 and known is not None and not int(known.get(1, 1)[0]):
+            # A table that was seeded does not know page 1; alone it is no news.
+            two = next(pages, None)
+            pages, one = (itertools.chain([two], pages), one) if two is not None else (pages, None)
         if one is None and (known is None or known.state.commit == image.commit):
             return None
         out, encoded = encode(staging, 0, header, itertools.chain([one] if one is not None else [], pages), unique=True)

@@ -11,7 +11,22 @@ import sys
 from collections.abc import Sequence
 
 from replicator import __version__
-from replicator.cli import certify, control, convert, databases, generations, history, local, ltx, replicate, restore, top, verify
+from replicator.cli import (
+    certify,
+    control,
+    convert,
+    databases,
+    generations,
+    history,
+    lease,
+    local,
+    ltx,
+    replicate,
+    restore,
+    standby,
+    top,
+    verify,
+)
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
@@ -88,6 +103,8 @@ COMMANDS = {
     "wal": generations.WAL,
     "convert": convert.COMMAND,
     "certify": certify.COMMAND,
+    "lease": lease.COMMAND,
+    "standby": standby.COMMAND,
     "databases": databases.COMMAND,
     **local.COMMANDS,
     **control.COMMANDS,

@@ -15,13 +15,16 @@ from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from replicator.config import Config
+    from replicator.config import Config, DatabaseSettings
+    from replicator.config import Daemon as Settings
     from replicator.daemon import Options
     from replicator.formats import Format
+    from replicator.lease import LeaseTerms
+    from replicator.leases import Leases
     from replicator.storage.measured import Operations
     from replicator.store import Member
 
-__all__ = ["COMMAND"]
+__all__ = ["COMMAND", "lease_flags"]
 
 
 def replicate(flags: dict[str, str], arguments: list[str]) -> int:
@@ -36,7 +39,7 @@ def replicate(flags: dict[str, str], arguments: list[str]) -> int:
             raise UsageError("cannot specify a replica URL and the -config flag")
         log_to(sys.stdout, flags.get("log-level", "info"))
         return _run(flags, None, arguments)
-    for name in ("sync-interval", "sync", "meta-path", "format"):
+    for name in ("sync-interval", "sync", "meta-path", "format", "lease", "lease-ttl"):
         if name in flags:
             raise UsageError(f"-{name} goes with a database and URLs; the configuration file has its own key for it")
     config = load_config(flags)
@@ -50,7 +53,7 @@ def replicate(flags: dict[str, str], arguments: list[str]) -> int:
 def _run(flags: dict[str, str], config: Config | None, arguments: list[str]) -> int:
     from replicator import daemon
     from replicator.config import Daemon as Settings
-    from replicator.storage.measured import Operations
+    from replicator.leases import Leases
     from replicator.words import split_words
 
     options = daemon.Options(
@@ -58,14 +61,35 @@ def _run(flags: dict[str, str], config: Config | None, arguments: list[str]) -> 
         force_snapshot=flags.get("force-snapshot") == "true",
         enforce_history=flags.get("enforce-retention") == "true",
         restore_missing=flags.get("restore-if-db-not-exists") == "true",
+        takeover=flags.get("takeover") == "true",
     )
     timeout_s = duration_flag(flags, "timeout")
     settings = config.daemon if config is not None else Settings()
     if "exec" in flags:
         settings = replace(settings, command=split_words(flags["exec"]))
+    with Leases() as leases:
+        return _run_with(flags, config, arguments, options, settings, timeout_s, leases)
+
+
+def _run_with(
+    flags: dict[str, str],
+    config: Config | None,
+    arguments: list[str],
+    options: Options,
+    settings: Settings,
+    timeout_s: float | None,
+    leases: Leases,
+) -> int:
+    from replicator import daemon
+    from replicator.storage.measured import Operations
+
     wakeups, operations = daemon.Wakeups(), Operations()
+
+    def make(item: DatabaseSettings) -> Member:
+        return daemon.member_for(item, options, operations, leases, wakeups.wake)
+
     if config is not None:
-        members = [daemon.member_for(item, options, operations, wakeups.wake) for item in config.databases]
+        members = [make(item) for item in config.databases]
     else:
         members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups.wake)]
     if options.once:
@@ -84,9 +108,9 @@ def _run(flags: dict[str, str], config: Config | None, arguments: list[str]) -> 
         settings,
         wakeups,
         operations,
-        retry=not arguments or bool(settings.command),
+        retry=not arguments or bool(settings.command) or options.takeover,
         load=load if config is not None else None,
-        make=lambda item: daemon.member_for(item, options, operations, wakeups.wake),
+        make=make,
         shutdown_timeout_s=timeout_s,
     )
     code = running.run()
@@ -118,6 +142,9 @@ def _from_arguments(
         raise UsageError(f"invalid value for -sync: {sync!r} (interval or commit)")
     if sync == "commit" and interval is not None:
         raise UsageError("cannot specify -sync-interval with -sync commit")
+    lease = lease_flags(flags)
+    if options.takeover and not lease:
+        raise UsageError("-takeover goes with -lease")
 
     def prepare() -> Prepared:
         clients = [measured(open_client(url), operations) for url in urls]
@@ -130,6 +157,8 @@ def _from_arguments(
             force_snapshot=options.force_snapshot,
             history=History() if options.keeps_history else None,
             format=cast("Format", flags.get("format", "ltx")),  # Replicator looks at it
+            lease=lease,
+            takeover=options.takeover,
             on_failure=lambda error: on_failure(),
         )
         return Prepared(replicator, clients)
@@ -137,10 +166,21 @@ def _from_arguments(
     return Member(Path(path), prepare, restore_missing=options.restore_missing)
 
 
+def lease_flags(flags: dict[str, str]) -> LeaseTerms | Literal[False]:
+    """Return the terms that `-lease` and `-lease-ttl` ask for."""
+    from replicator.lease import LeaseTerms
+
+    ttl_s = duration_flag(flags, "lease-ttl")
+    if flags.get("lease") != "true" and ttl_s is None:
+        return False
+    return LeaseTerms() if ttl_s is None else LeaseTerms(ttl_s)
+
+
 COMMAND = Command(
     f"pyrepl replicate [-once [-force-snapshot] [-enforce-retention]] [-exec COMMAND] [-restore-if-db-not-exists] [-log-level L]\n"
     f"                        {CONFIG_FLAGS}\n"
-    "       pyrepl replicate [...] [-sync-interval D | -sync commit] [-meta-path PATH] [-format v0.3] DB URL...",
+    "       pyrepl replicate [...] [-sync-interval D | -sync commit] [-meta-path PATH] [-format v0.3]\n"
+    "                        [-lease [-lease-ttl D] [-takeover]] DB URL...",
     "Replicate databases until stopped: those of the configuration file, or one.\n\n-once: store what is committed now, then exit.\n"
     "-force-snapshot: with -once, store a full image; begin anew where a replica has lost its files.\n"
     "-enforce-retention: with -once, merge, take images and delete what is due of it.\n"
@@ -148,9 +188,11 @@ COMMAND = Command(
     "-restore-if-db-not-exists: restore a database that is missing before it is replicated.\n"
     "-sync commit: upload each commit at once, instead of once in an interval.\n"
     "-format: ltx, or v0.3 for fleets that still restore with Litestream 0.3.\n"
+    "-lease: one writer at a time; -lease-ttl: after so long without a renewal another may take over (30s).\n"
+    "-takeover: wait for the lease, and go on from the other owner's state.\n"
     "-config: the file, instead of $LITESTREAM_CONFIG or /etc/litestream.yml.  -no-expand-env: leave $NAME in it alone.\n"
     "-lenient: keys that nobody knows, and durations without a unit, are warnings.",
-    ("once", "force-snapshot", "enforce-retention", "restore-if-db-not-exists", *CONFIG_SWITCHES),
-    ("exec", "sync-interval", "sync", "meta-path", "format", "log-level", "timeout", *CONFIG_OPTIONS),
+    ("once", "force-snapshot", "enforce-retention", "restore-if-db-not-exists", "lease", "takeover", *CONFIG_SWITCHES),
+    ("exec", "sync-interval", "sync", "meta-path", "format", "lease-ttl", "log-level", "timeout", *CONFIG_OPTIONS),
     replicate,
 )

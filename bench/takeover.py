@@ -1,0 +1,193 @@
+"""A primary and its hot standby under load; the primary is killed again and again.
+
+    python -m bench.takeover [--kills 100] [--ttl 1.0] [--store file|seaweedfs|moto] [--handovers 10]
+
+Each node is a process that waits for the lease as a standby, then replicates, and inserts one row after another, each acknowledged by `wait()` before the next.
+After each take-over and at the end every acknowledged row must be there. Printed are the times from the kill to the first row that the other
+node has acknowledged, and the same for orderly hand-overs (SIGTERM), from the last row of the old owner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+START_S = 60.0
+ROWS_BETWEEN = 5
+
+
+# -- a node ----------------------------------------------------------------------------------------------------------------------
+
+
+def node(url: str, path: Path, ttl_s: float) -> None:
+    """Wait for the lease, then write and acknowledge, until SIGTERM."""
+    from replicator import Replicator
+    from replicator.lease import Lease
+    from replicator.standby import wait_until_owner
+    from replicator.storage import open_client
+
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    client = open_client(url)
+    lease = Lease(client, ttl_s=ttl_s)
+    folder = path.with_name(f".{path.name}-litestream") / "pyrepl"
+    print("waiting", flush=True)
+    if not wait_until_owner(client, path, folder, lease, stop=threading.Event(), poll_s=0.1, interval_s=0.5):
+        return
+    with Replicator(path, url, lease=lease, takeover=True, history=None) as replicator:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=30)
+        print("present", *[row[0] for row in connection.execute("SELECT id FROM acknowledged ORDER BY id")], flush=True)
+        while not stopping:
+            row = connection.execute("INSERT INTO acknowledged(node, pad) VALUES(?, randomblob(200)) RETURNING id", (os.getpid(),)).fetchone()
+            replicator.wait(timeout_s=60)
+            print("row", row[0], flush=True)
+        connection.close()
+    lease.close()
+
+
+class Node:
+    """A running node, and what it says."""
+
+    def __init__(self, url: str, path: Path, ttl_s: float) -> None:
+        command = [sys.executable, "-m", "bench.takeover", "--node", url, str(path), "--ttl", str(ttl_s)]
+        self.path = path
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.lines: queue.Queue[tuple[float, list[str]]] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put((time.monotonic(), line.split()))
+        self.lines.put((time.monotonic(), ["end"]))
+
+    def next(self, timeout_s: float = START_S) -> tuple[float, list[str]]:
+        try:
+            return self.lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError(f"the node with {self.path} says nothing") from None
+
+    def end(self, number: int) -> list[int]:
+        """Send a signal and wait for the end; returns the rows that it has acknowledged since it was last listened to."""
+        self.process.send_signal(number)
+        self.process.wait(START_S)
+        rows = []
+        while (said := self.next()[1]) != ["end"]:
+            if said[0] == "row":
+                rows.append(int(said[1]))
+        return rows
+
+
+# -- the pair --------------------------------------------------------------------------------------------------------------------
+
+
+def run(url: str, folder: Path, *, kills: int, handovers: int, ttl_s: float, tell: bool = True) -> tuple[list[float], list[float]]:
+    """Kill, and hand over, so many times; returns the seconds that each took. Raises `AssertionError` when something acknowledged is lost."""
+    import replicator
+
+    paths = [folder / "a.db", folder / "b.db"]
+    connection = sqlite3.connect(paths[0], isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE acknowledged(id INTEGER PRIMARY KEY AUTOINCREMENT, node, pad)")
+    connection.close()
+    acknowledged: set[int] = set()
+    times: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    owner, other = Node(url, paths[0], ttl_s), None
+    try:
+        _listen(owner, acknowledged, 1)
+        other = Node(url, paths[1], ttl_s)
+        assert other.next()[1] == ["waiting"]
+        for number in [signal.SIGKILL] * kills + [signal.SIGTERM] * handovers:
+            _listen(owner, acknowledged, ROWS_BETWEEN)
+            time.sleep(0.5)  # the standby comes near
+            began = time.monotonic()
+            acknowledged.update(owner.end(number))
+            if number == signal.SIGTERM:
+                began = time.monotonic()  # the old owner has stored everything and released the lease
+            times[number].append(_listen(other, acknowledged, 1) - began)
+            owner, other = other, Node(url, owner.path, ttl_s)
+            assert other.next()[1] == ["waiting"]
+            done = len(times[signal.SIGKILL]) + len(times[signal.SIGTERM])
+            if tell and done % 10 == 0:
+                print(f"{done} done, {len(acknowledged)} rows acknowledged", flush=True)
+        acknowledged.update(owner.end(signal.SIGTERM))
+    finally:
+        for item in (owner, other):
+            if item is not None and item.process.poll() is None:
+                item.process.kill()
+                item.process.wait()
+    replicator.restore(url, folder / "restored.db", integrity_check="full")
+    connection = sqlite3.connect(folder / "restored.db")
+    present = {row[0] for row in connection.execute("SELECT id FROM acknowledged")}
+    connection.close()
+    assert acknowledged <= present, f"lost: {sorted(acknowledged - present)[:10]}"
+    return times[signal.SIGKILL], times[signal.SIGTERM]
+
+
+def _listen(node: Node, acknowledged: set[int], rows: int) -> float:
+    """Listen until the node has acknowledged so many rows; returns when the first one was."""
+    first = 0.0
+    while rows:
+        when, said = node.next()
+        if said[0] == "present":
+            lost = acknowledged - set(map(int, said[1:]))
+            assert not lost, f"lost: {sorted(lost)[:10]}"
+        elif said[0] == "row":
+            first, rows = first or when, rows - 1
+            acknowledged.add(int(said[1]))
+        elif said[0] == "end":
+            raise AssertionError(f"the node with {node.path} has ended by itself")
+    return first
+
+
+@contextlib.contextmanager
+def _store(kind: str, folder: Path) -> Iterator[str]:
+    if kind == "file":
+        yield f"file://{folder}/replica"
+        return
+    from tests.servers import ACCESS, SECRET, serve
+
+    os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+    (folder / "server").mkdir()
+    with serve(kind, folder / "server") as server:
+        yield server.url("pair")
+
+
+def _show(what: str, seconds: Sequence[float]) -> None:
+    if seconds:
+        ordered = sorted(seconds)
+        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        print(f"{what}: {len(ordered)} times, p50 {ordered[len(ordered) // 2]:.2f} s, p99 {p99:.2f} s, max {ordered[-1]:.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--handovers", type=int, default=10)
+    parser.add_argument("--ttl", type=float, default=1.0)
+    parser.add_argument("--store", choices=("file", "seaweedfs", "moto"), default="file")
+    parser.add_argument("--node", nargs=2, metavar=("URL", "PATH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.node:
+        node(options.node[0], Path(options.node[1]), options.ttl)
+        return
+    with tempfile.TemporaryDirectory() as name, _store(options.store, Path(name)) as url:
+        killed, handed = run(url, Path(name), kills=options.kills, handovers=options.handovers, ttl_s=options.ttl)
+    print(f"store {options.store}, ttl {options.ttl:g} s; nothing that was acknowledged is lost")
+    _show("killed", killed)
+    _show("handed over", handed)
+
+
+if __name__ == "__main__":
+    main()

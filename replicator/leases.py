@@ -1,0 +1,58 @@
+"""The leases of one process: a database's own, or one that many share."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from types import TracebackType
+from typing import Self, TypedDict
+
+from replicator.config import LeaseSettings
+from replicator.lease import Lease, LeaseTerms
+from replicator.storage import open_replica
+from replicator.storage.base import ReplicaClient
+
+__all__ = ["Leased", "Leases"]
+
+
+class Leased(TypedDict):
+    """Arguments for `Replicator`."""
+
+    lease: bool | Lease | LeaseTerms
+    takeover: bool
+
+
+class Leases:
+    """Makes each shared lease once, and closes them at the end. A context manager; may be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shared: dict[LeaseSettings, tuple[Lease, ReplicaClient]] = {}
+
+    def arguments(self, settings: LeaseSettings | None, *, takeover: bool = False) -> Leased:
+        """Return what a replicator with these settings is made with. `takeover`: whatever they say about it. Raises `ConfigError`."""
+        if settings is None:
+            return Leased(lease=False, takeover=False)
+        takeover = takeover or settings.takeover
+        if settings.home is None:
+            return Leased(lease=LeaseTerms(settings.ttl_s, settings.owner), takeover=takeover)
+        key = replace(settings, takeover=False)
+        with self._lock:
+            if key not in self._shared:
+                client = open_replica(settings.home)
+                self._shared[key] = Lease(client, owner=settings.owner or None, ttl_s=settings.ttl_s), client
+            return Leased(lease=self._shared[key][0], takeover=takeover)
+
+    def close(self) -> None:
+        """Release them. Their databases are stopped by then."""
+        with self._lock:
+            leases, self._shared = list(self._shared.values()), {}
+        for lease, client in leases:
+            lease.close()
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        self.close()
