@@ -49,7 +49,9 @@ def node(url: str, path: Path, ttl_s: float) -> None:
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         print("present", *[row[0] for row in connection.execute("SELECT id FROM acknowledged ORDER BY id")], flush=True)
         while not stopping:
-            row = connection.execute("INSERT INTO acknowledged(node, pad) VALUES(?, randomblob(200)) RETURNING id", (os.getpid(),)).fetchone()
+            row = connection.execute(
+                "INSERT INTO acknowledged(node, pad) VALUES(?, randomblob(200)) RETURNING id", (os.getpid(),)
+            ).fetchone()
             replicator.wait(timeout_s=60)
             print("row", row[0], flush=True)
         connection.close()

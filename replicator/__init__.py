@@ -22,13 +22,30 @@ if TYPE_CHECKING:
     from replicator.api import ReplicaStatus, Replicator, Status, restore
     from replicator.errors import ReplicatorError
     from replicator.format.ltx import TXID
+    from replicator.lease import Lease, LeaseStatus, LeaseTerms
     from replicator.restorer import RestoreResult
     from replicator.storage import open_client
 
-__all__ = ["TXID", "ReplicaStatus", "Replicator", "ReplicatorError", "RestoreResult", "Status", "__version__", "open_client", "restore"]
+__all__ = [
+    "TXID",
+    "Lease",
+    "LeaseStatus",
+    "LeaseTerms",
+    "ReplicaStatus",
+    "Replicator",
+    "ReplicatorError",
+    "RestoreResult",
+    "Status",
+    "__version__",
+    "open_client",
+    "restore",
+]
 
 _HOMES = {
     "TXID": "replicator.format.ltx",
+    "Lease": "replicator.lease",
+    "LeaseStatus": "replicator.lease",
+    "LeaseTerms": "replicator.lease",
     "ReplicaStatus": "replicator.api",
     "Replicator": "replicator.api",
     "ReplicatorError": "replicator.errors",

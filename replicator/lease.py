@@ -196,6 +196,7 @@ class Lease:
         self._error: str | None = None
         self._lost: LeaseLost | None = None
         self._probed = False
+        self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._ends = False
         self._listeners: list[Callable[[LeaseError], None]] = []
@@ -277,7 +278,7 @@ class Lease:
                     break
             else:
                 raise StorageUnavailable(f"lease changes hands again and again: {self.url}")
-            self._lost, self._ends = None, False
+            self._lost, self._ends, self._pid = None, False, os.getpid()
             log.info("lease acquired url=%s owner=%s generation=%d", self.url, self.owner, self._generation)
             self._begin_renewing()
             return self._generation
@@ -341,6 +342,8 @@ class Lease:
 
     def close(self, *, release: bool = True) -> None:
         """Stop renewing, and release. A store that does not answer is no error: the lease runs out by itself."""
+        if os.getpid() != self._pid:  # a forked child: the lease is its parent's
+            return
         with self._changed:
             self._ends = True
             self._changed.notify_all()

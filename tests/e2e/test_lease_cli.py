@@ -1,0 +1,163 @@
+"""`pyrepl lease`, `replicate -lease -takeover` and `standby`, as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from replicator.cli import main
+from tests.e2e.databases import connect, insert, restored, rows
+
+
+class Running:
+    """A command, and what it prints."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "replicator", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.seen: list[str] = []
+        self._lines: queue.Queue[str] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
+
+    def until(self, words: str, timeout_s: float = 40) -> None:
+        while words not in (self.seen or [""])[-1]:
+            try:
+                self.seen.append(self._lines.get(timeout=timeout_s))
+            except queue.Empty:
+                raise AssertionError(f"no line with {words!r}: {self.seen}") from None
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(40)
+
+
+@contextlib.contextmanager
+def running(*arguments: object) -> Iterator[Running]:
+    started = Running(*arguments)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.kill()
+            started.process.wait(10)
+        started.reader.join(10)
+
+
+def lease(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
+    code = main(["lease", *map(str, arguments), "-json"])
+    out = capsys.readouterr().out
+    return code, json.loads(out) if out else {}
+
+
+def sync(socket: Path, database: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "replicator", "sync", "-wait", "-socket", str(socket), str(database)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_a_standby_takes_over_when_the_primary_ends_and_the_primary_comes_back_as_one(tmp_path, capsys):
+    url, primary, standby, socket = f"file://{tmp_path}/replica", tmp_path / "a.db", tmp_path / "b.db", tmp_path / "s"
+    connection = connect(primary)
+    insert(connection, 10)
+    assert lease(capsys, "show", url) == (0, {"url": f"{url}/lock.json", "state": "none"})
+    with (
+        running("replicate", "-lease", "-lease-ttl", "60s", primary, url) as one,
+        running("standby", "-poll", "50ms", "-socket", socket, url, standby) as two,
+    ):
+        one.until("replicating to")
+        two.until("entering follow mode")
+        code, shown = lease(capsys, "show", url)
+        assert (code, shown["state"], shown["generation"], shown["ttl_seconds"]) == (0, "held", 1, 60.0)
+        assert str(shown["owner"]).endswith(f":{one.process.pid}")
+        assert main(["lease", "release", url]) == 1  # its time is not over
+        assert "lease is held by" in capsys.readouterr().err
+        insert(connection, 5)
+        assert one.end(signal.SIGTERM) == 0
+        began = time.monotonic()
+        two.until("replicating to")
+        assert time.monotonic() - began < 20
+        assert lease(capsys, "show", url)[1]["generation"] == 2
+        other = connect(standby)
+        assert rows(other) == rows(connection)
+        insert(other, 3)
+        sync(socket, standby)
+        assert rows(restored(url, tmp_path)) == rows(other)
+        connection.close()
+        with running("standby", "-poll", "50ms", url, primary) as again:
+            again.until("entering follow mode")
+            assert rows(primary) == rows(other)
+            assert again.end(signal.SIGTERM) == 0
+        assert two.end(signal.SIGTERM) == 0
+    assert lease(capsys, "show", url)[1]["state"] == "released"
+
+
+def test_an_owner_whose_lease_is_released_from_outside_ends_with_an_error(tmp_path, capsys):
+    url, database = f"file://{tmp_path}/replica", tmp_path / "a.db"
+    insert(connect(database), 10)
+    with running("replicate", "-lease", "-lease-ttl", "1s", database, url) as one:
+        one.until("replicating to")
+        code, released = lease(capsys, "release", "-force", url)
+        assert (code, released["state"]) == (0, "released")
+        assert one.process.wait(30) == 1
+        one.until("lease is lost to")
+
+
+def test_one_lease_for_all_databases_of_a_configuration_and_takeover_waits_for_it(tmp_path, capsys):
+    for name in ("a", "b"):
+        insert(connect(tmp_path / f"{name}.db"), 10)
+    config = tmp_path / "c.yml"
+    home = f"file://{tmp_path}/host"
+    config.write_text(
+        f"lease: {{url: '{home}', ttl: 2s, takeover: true}}\ndbs:\n"
+        + "".join(f"  - {{path: {tmp_path}/{name}.db, replica: {{path: {tmp_path}/r-{name}}}}}\n" for name in ("a", "b"))
+    )
+    with running("replicate", "-config", config) as one:
+        one.until("replicating to")
+        one.until("replicating to")
+        assert lease(capsys, "show", home)[1]["state"] == "held"
+        assert not (tmp_path / "r-a" / "lock.json").exists()
+        other = tmp_path / "other.yml"
+        other.write_text(config.read_text().replace(".db,", "-2.db,"))
+        with running("replicate", "-config", other) as two:
+            two.until("lease is held by")
+            one.end(signal.SIGKILL)
+            two.until("replicating to")
+            assert lease(capsys, "show", home)[1]["generation"] == 2
+            assert rows(tmp_path / "a-2.db") == rows(tmp_path / "a.db")
+            assert two.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lease"], "give show or release"),
+        (["lease", "steal", "file:///srv/x"], "give show or release"),
+        (["standby", "file:///srv/x"], "give the URL of the replica, and the path"),
+        (["standby", "-poll", "0s", "file:///srv/x", "/srv/a.db"], "must be above zero"),
+        (["replicate", "-takeover", "/srv/a.db", "file:///srv/x"], "-takeover goes with -lease"),
+        (["replicate", "-lease"], "-lease goes with a database and URLs"),
+    ],
+)
+def test_wrong_usage_is_said(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,390 @@
+"""Databases with a lease: claim, takeover, salvage, several replicas, one lease for many, and stores that cannot do it."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from replicator import Replicator
+from replicator.errors import ConditionsIgnored, ConfigError, Fenced, LeaseHeld, LeaseLost, ReplicatorError
+from replicator.format.lock import token_of
+from replicator.format.ltx import decode_file, decode_header
+from replicator.lease import Lease, LeaseTerms, release_lock
+from replicator.standby import wait_until_owner
+from replicator.storage import open_client
+from replicator.storage.memory import MemoryClient
+from tests.e2e.databases import Flaky, checkpointed_bytes, connect, insert, restored, rows, until
+
+TERMS = LeaseTerms(ttl_s=60.0)  # nothing here waits for it
+
+
+def raw_files(client) -> list:
+    """(header, pages) of each raw file."""
+    found = []
+    for info in client.list(0):
+        with client.open(info) as stream:
+            found.append(decode_file(stream.read())[:2])
+    return found
+
+
+def deposed(replicator: Replicator, *clients) -> None:
+    """Let an operator release the lease under its owner, as if that had been silent for its TTL."""
+    release_lock(clients[0], force=True)
+
+
+def test_the_claim_is_the_next_txid_and_changes_nothing(tmp_path):
+    client, database = MemoryClient.named("claim"), tmp_path / "a.db"
+    connection = connect(database)
+    insert(connection, 50)
+    with Replicator(database, client, history=None):
+        pass
+    before = checkpointed_bytes(database, tmp_path)
+    with Replicator(database, client, lease=TERMS, history=None) as replicator:
+        assert replicator.status().txid == 2  # before anything was asked for
+        assert replicator.status().lease is not None
+        assert (replicator.status().lease.state, replicator.status().lease.generation) == ("held", 1)
+    (first, _), (claim, pages) = raw_files(client)
+    assert ([pgno for pgno, _ in pages], claim.commit) == ([1], first.commit)
+    assert (claim.wal_offset, claim.wal_size) == (32, 0)
+    assert (token_of(first.node_id), token_of(claim.node_id)) == (0, 1)
+    assert restored(client, tmp_path).read_bytes() == before
+
+
+def test_an_owner_that_starts_again_claims_again_and_loses_nothing(tmp_path):
+    client, database = MemoryClient.named("again"), tmp_path / "a.db"
+    connection = connect(database)
+    for generation in (1, 2, 3):
+        insert(connection, 5)
+        with Replicator(database, client, lease=TERMS, history=None) as replicator:
+            insert(connection, 5)
+            replicator.wait(timeout_s=20)
+            assert replicator.status().lease.generation == generation
+    assert rows(restored(client, tmp_path)) == rows(connection)
+    assert not list(tmp_path.glob("*salvage*"))
+
+
+def test_an_owner_that_was_killed_goes_on_at_once_on_its_own_machine(tmp_path):
+    client, database = MemoryClient.named("killed"), tmp_path / "a.db"
+    insert(connect(database), 5)
+    replicator = Replicator(database, client, lease=LeaseTerms(ttl_s=3600), history=None).start()
+    replicator.wait(timeout_s=20)
+    # What a kill does: threads end, locks go, and nothing is written any more.
+    with replicator._board.changed:
+        replicator._board.stop = True
+        replicator._board.changed.notify_all()
+    for thread in replicator._threads:
+        thread.join(10)
+    replicator._engine.close()
+    replicator._lease.close(release=False)
+    with Replicator(database, client, lease=LeaseTerms(ttl_s=3600), history=None) as again:
+        assert again.status().lease.generation == 2
+
+
+@pytest.mark.parametrize("url", ["file", "seaweed"], indirect=True)
+def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
+    client = open_client(url)
+    theirs, mine = tmp_path / "old.db", tmp_path / "new.db"
+    old = connect(theirs)
+    insert(old, 20)
+    owner = Replicator(theirs, url, lease=TERMS, history=None, sync_interval_s=3600).start()
+    acknowledged = owner.wait(timeout_s=30)
+    stored = rows(old)
+    with pytest.raises(LeaseHeld, match="lease is held by"):
+        Replicator(mine, url, lease=TERMS, takeover=True).start(lease_timeout_s=0)
+    deposed(owner, client)
+    with Replicator(mine, url, lease=TERMS, takeover=True, history=None, sync_interval_s=0) as replicator:
+        new = connect(mine)
+        assert rows(new) == stored
+        assert replicator.status().txid == acknowledged + 1  # the claim
+        insert(new, 3)
+        replicator.wait(timeout_s=30)
+        insert(old, 7)  # nobody has told its application yet
+        with pytest.raises(ReplicatorError) as lost:
+            owner.wait(timeout_s=30)
+        assert isinstance(lost.value, (LeaseLost, Fenced))
+        assert owner.status().state == "failed"
+        with pytest.raises((LeaseLost, Fenced)):
+            owner.close()
+        assert rows(restored(client, tmp_path)) == rows(new)
+    tail = rows(old)
+    old.close()
+
+    # It comes back: without takeover it is refused, and what only it had is kept.
+    with pytest.raises(Fenced, match=r"generation 2\).*what only this machine had is in") as fenced:
+        Replicator(theirs, url, lease=TERMS).start()
+    assert "takeover" in fenced.value.hint
+    (salvaged,) = tmp_path.glob("old.db-salvage-*.ltx")
+    assert rows(theirs) == tail
+    kept, pages, _ = decode_file(salvaged.read_bytes())
+    assert kept.min_txid == acknowledged + 1
+
+    # With takeover it goes on from the other's state, and the file stays as it was.
+    before = salvaged.read_bytes()
+    with Replicator(theirs, url, lease=TERMS, takeover=True, history=None, sync_interval_s=0) as replicator:
+        old = connect(theirs)
+        assert rows(old) == rows(new)
+        insert(old, 1)
+        replicator.wait(timeout_s=30)
+        assert replicator.status().lease.generation == 4  # the refused start has had the lease, too
+    assert [path.read_bytes() for path in tmp_path.glob("old.db-salvage-*.ltx")] == [before]
+    assert rows(restored(client, tmp_path)) == rows(old)
+
+    # What the documentation says about reading it: restore the TXID before, and put its pages in place.
+    copy = restored(client, tmp_path, "before.db", txid=acknowledged)
+    with copy.open("r+b") as file:
+        for pgno, page in pages:
+            file.seek((pgno - 1) * kept.page_size)
+            file.write(page)
+        file.truncate(kept.commit * kept.page_size)
+    assert rows(copy) == tail
+
+
+def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_path):
+    """The lease is ours, and between the look at the replica and the claim a file arrives that the old owner sent before."""
+    late: list[bytes] = []
+
+    class Late(MemoryClient):
+        def put(self, level, low, high, body, **options):
+            if late and level == 0:
+                super().put(0, low, high, late.pop(), timestamp_ms=0)
+            return super().put(level, low, high, body, **options)
+
+    client, theirs, mine = Late(), tmp_path / "old.db", tmp_path / "new.db"
+    old = connect(theirs)
+    insert(old, 20)
+    owner = Replicator(theirs, client, lease=TERMS, history=None).start()
+    owner.wait(timeout_s=20)
+    # The next file as it would be, from a twin of the store.
+    twin = Late()
+    twin._store.files.update(client._store.files)
+    twin._store.control.update(client._store.control)
+    owner.close()
+    shutil.copytree(tmp_path / ".old.db-litestream", tmp_path / ".twin.db-litestream")
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{theirs}{suffix}", f"{tmp_path}/twin.db{suffix}")
+    other = connect(tmp_path / "twin.db")
+    insert(other, 2)
+    with Replicator(tmp_path / "twin.db", twin, lease=TERMS, history=None):
+        pass
+    newest = max(twin.list(0), key=lambda info: info.max_txid)
+    with twin.open(newest) as stream:
+        late.append(stream.read())
+    assert token_of(decode_header(late[0]).node_id) == 2
+
+    with Replicator(mine, client, lease=TERMS, takeover=True, history=None, sync_interval_s=0) as replicator:
+        assert rows(mine) == rows(other)
+        assert replicator.status().txid == newest.max_txid + 1
+        assert rows(restored(client, tmp_path)) == rows(other)
+
+
+def test_the_first_replica_decides_and_the_others_only_get_what_it_has(tmp_path):
+    home, second = Flaky("home"), Flaky("second")
+    database = tmp_path / "a.db"
+    connection = connect(database)
+    insert(connection, 10)
+    with Replicator(database, home, second, lease=TERMS, history=None, sync_interval_s=0) as replicator:
+        replicator.wait(timeout_s=20)
+        home.down = True
+        insert(connection, 1)
+        with pytest.raises(ReplicatorError):
+            replicator.wait(replicas=[second.url], timeout_s=0.5)
+        assert len(second.names(0)) == len(home.names(0))
+        home.down = False
+        replicator.wait(timeout_s=40)
+        assert second.names(0) == home.names(0)
+        second.down = True
+        insert(connection, 1)
+        replicator.wait(replicas=[home.url], timeout_s=20)
+        second.down = False
+        replicator.wait(timeout_s=40)
+    assert rows(restored(second, tmp_path)) == rows(connection)
+
+
+def test_a_replica_that_was_longer_than_the_first_fills_it_before_the_claim(tmp_path):
+    home, second = Flaky("home"), Flaky("second")
+    database = tmp_path / "a.db"
+    connection = connect(database)
+    insert(connection, 10)
+    with Replicator(database, home, second, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+        home.down = True
+        insert(connection, 3)
+        replicator.wait(replicas=[second.url], timeout_s=20)
+        with pytest.raises(ReplicatorError):
+            replicator.close(0.5)
+    home.down = False
+    assert len(home.names(0)) < len(second.names(0))
+    with Replicator(database, home, second, lease=TERMS, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    assert home.names(0) == second.names(0)
+    assert rows(restored(home, tmp_path)) == rows(connection)
+
+
+def test_one_lease_guards_many_databases_with_one_renewal(tmp_path):
+    class Counting(MemoryClient):
+        puts = 0
+
+        def put_control(self, name, data, **conditions):
+            Counting.puts += name == "lock.json"
+            return super().put_control(name, data, **conditions)
+
+    home = Counting()
+    connections = [connect(tmp_path / f"{number}.db") for number in range(6)]
+    stores = [MemoryClient() for _ in connections]
+    with Lease(home, ttl_s=60) as lease:
+        replicators = []
+        for number, connection in enumerate(connections):
+            insert(connection, 2)
+            replicators.append(Replicator(tmp_path / f"{number}.db", stores[number], lease=lease, history=None).start())
+        for replicator in replicators:
+            replicator.wait(timeout_s=20)
+        assert Counting.puts == 1
+        lease.renew()
+        assert Counting.puts == 2
+        # A database that is closed and opened again in the same term has been claimed already.
+        replicators[0].close()
+        before = len(list(stores[0].list(0)))
+        replicators[0] = Replicator(tmp_path / "0.db", stores[0], lease=lease, history=None).start()
+        assert len(list(stores[0].list(0))) == before
+        release_lock(home, force=True)
+        with pytest.raises(LeaseLost):
+            lease.renew()
+        until(lambda: all(replicator.status().state == "failed" for replicator in replicators))
+        for replicator in replicators:
+            with pytest.raises(LeaseLost):
+                replicator.close()
+
+
+def test_a_store_that_ignores_conditions_is_refused(rclone, tmp_path):
+    database = tmp_path / "a.db"
+    insert(connect(database), 1)
+    url = rclone.url("lease-refused")
+    with pytest.raises(ConditionsIgnored, match="ignores conditional writes"):
+        Replicator(database, url, lease=True).start()
+    with pytest.raises(ConditionsIgnored, match="ignores conditional writes"), Lease(MemoryClient(), ttl_s=60) as lease:
+        Replicator(database, url, lease=lease).start()
+
+
+def test_what_goes_together():
+    with pytest.raises(ConfigError, match="takeover goes with a lease"):
+        Replicator("/srv/app.db", MemoryClient(), takeover=True)
+    with pytest.raises(ConfigError, match=r"format v0\.3 has no place for the claim"):
+        Replicator("/srv/app.db", MemoryClient(), lease=True, format="v0.3")
+
+
+def test_an_owner_that_could_not_store_everything_keeps_its_lease(tmp_path):
+    client, database = Flaky(), tmp_path / "a.db"
+    connection = connect(database)
+    insert(connection, 5)
+    replicator = Replicator(database, client, lease=TERMS, history=None).start()
+    replicator.wait(timeout_s=20)
+    client.down = True
+    insert(connection, 5)
+    with pytest.raises(ReplicatorError):
+        replicator.close(0.3)
+    client.down = False
+    with pytest.raises(LeaseHeld):
+        Replicator(tmp_path / "b.db", client, lease=TERMS, takeover=True).start(lease_timeout_s=0)
+    with Replicator(database, client, lease=TERMS, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    assert rows(restored(client, tmp_path)) == rows(connection)
+
+
+# -- standby ---------------------------------------------------------------------------------------------------------------------
+
+
+def state_folder(database: Path) -> Path:
+    return database.with_name(f".{database.name}-litestream") / "pyrepl"
+
+
+def test_a_standby_follows_takes_over_and_downloads_nothing_twice(tmp_path):
+    opened: list[str] = []
+
+    class Watched(MemoryClient):
+        def open(self, info, *, offset=0, size=None):
+            opened.append(f"{info.level}/{info.name}" if size is None or size > 100 else "header")
+            return super().open(info, offset=offset, size=size)
+
+    client, primary, standby = Watched(), tmp_path / "a.db", tmp_path / "b.db"
+    connection = connect(primary)
+    insert(connection, 500)
+    owner = Replicator(primary, client, lease=TERMS, history=None).start()
+    owner.wait(timeout_s=20)
+    lease, found = Lease(client, ttl_s=60, owner="b"), []
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=lambda: found.append(
+            wait_until_owner(client, standby, state_folder(standby), lease, stop=stop, poll_s=0.02, interval_s=0.05)
+        )
+    )
+    thread.start()
+    until(lambda: (tmp_path / "b.db-txid").exists())
+    insert(connection, 20)
+    owner.close()  # an orderly end hands over
+    thread.join(20)
+    assert found == [True]
+    assert not (tmp_path / "b.db-txid").exists()
+    opened.clear()
+    with Replicator(standby, client, lease=lease, takeover=True, history=None, sync_interval_s=0) as replicator:
+        other = connect(standby)
+        assert rows(other) == rows(connection)
+        insert(other, 1)
+        replicator.wait(timeout_s=20)
+        newest = max(client.list(0), key=lambda info: info.max_txid)
+        assert len([name for name in opened if name != "header"]) <= 2, opened  # the newest file, to compare
+        assert newest.max_txid > 2
+    lease.close()
+    assert rows(restored(client, tmp_path)) == rows(other)
+    assert not list(tmp_path.glob("*salvage*"))
+
+
+def test_a_standby_that_was_the_owner_keeps_its_tail_and_follows(tmp_path):
+    client, mine, theirs = MemoryClient(), tmp_path / "mine.db", tmp_path / "theirs.db"
+    connection = connect(mine)
+    insert(connection, 20)
+    owner = Replicator(mine, client, lease=TERMS, history=None, sync_interval_s=3600).start()
+    owner.wait(timeout_s=20)
+    release_lock(client, force=True)
+    with Replicator(theirs, client, lease=TERMS, takeover=True, history=None) as other:
+        insert(connection, 4)
+        with pytest.raises((LeaseLost, Fenced)):
+            owner.close()
+        connection.close()
+        insert(connect(theirs), 2)
+        other.wait(timeout_s=20)
+        stop, lease = threading.Event(), Lease(client, ttl_s=60, owner="mine")
+        thread = threading.Thread(
+            target=lambda: wait_until_owner(client, mine, state_folder(mine), lease, stop=stop, poll_s=0.02, interval_s=0.05)
+        )
+        thread.start()
+        until(lambda: (tmp_path / "mine.db-txid").exists())
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert rows(mine) == rows(theirs)
+    assert len(list(tmp_path.glob("mine.db-salvage-*.ltx"))) == 1
+
+
+def test_a_standby_that_is_stopped_leaves_a_copy_to_continue(tmp_path):
+    client, primary, standby = MemoryClient(), tmp_path / "a.db", tmp_path / "b.db"
+    connection = connect(primary)
+    insert(connection, 5)
+    with Replicator(primary, client, lease=TERMS, history=None) as owner:
+        owner.wait(timeout_s=20)
+        for _ in range(2):
+            stop, found = threading.Event(), []
+            thread = threading.Thread(
+                target=lambda stop=stop, found=found: found.append(
+                    wait_until_owner(client, standby, state_folder(standby), Lease(client), stop=stop, poll_s=0.02, interval_s=0.05)
+                )
+            )
+            thread.start()
+            until(lambda: (tmp_path / "b.db-txid").exists())
+            stop.set()
+            thread.join(20)
+            assert found == [False]
+    assert sqlite3.connect(standby).execute("PRAGMA integrity_check").fetchone() == ("ok",)
