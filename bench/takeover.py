@@ -3,8 +3,8 @@
     python -m bench.takeover [--kills 100] [--ttl 1.0] [--store file|seaweedfs|moto] [--handovers 10]
 
 Each node is a process that waits for the lease as a standby, then replicates, and inserts one row after another, each acknowledged by `wait()` before the next.
-After each take-over and at the end every acknowledged row must be there. Printed are the times from the kill to the first row that the other
-node has acknowledged, and the same for orderly hand-overs (SIGTERM), from the last row of the old owner.
+After each take-over and at the end every acknowledged row must be there. Printed are the times from the last row that the killed owner has
+acknowledged to the first of the other node, and the same for orderly hand-overs (SIGTERM).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import queue
+import secrets
 import signal
 import sqlite3
 import subprocess
@@ -47,13 +48,12 @@ def node(url: str, path: Path, ttl_s: float) -> None:
         return
     with Replicator(path, url, lease=lease, takeover=True, history=None) as replicator:
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
-        print("present", *[row[0] for row in connection.execute("SELECT id FROM acknowledged ORDER BY id")], flush=True)
+        print("present", *[row[0] for row in connection.execute("SELECT name FROM acknowledged")], flush=True)
         while not stopping:
-            row = connection.execute(
-                "INSERT INTO acknowledged(node, pad) VALUES(?, randomblob(200)) RETURNING id", (os.getpid(),)
-            ).fetchone()
+            name = secrets.token_hex(6)
+            connection.execute("INSERT INTO acknowledged(name, pad) VALUES(?, randomblob(200))", (name,))
             replicator.wait(timeout_s=60)
-            print("row", row[0], flush=True)
+            print("row", name, flush=True)
         connection.close()
     lease.close()
 
@@ -70,8 +70,9 @@ class Node:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put((time.monotonic(), line.split()))
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.put((time.monotonic(), line.split()))
         self.lines.put((time.monotonic(), ["end"]))
 
     def next(self, timeout_s: float = START_S) -> tuple[float, list[str]]:
@@ -80,15 +81,19 @@ class Node:
         except queue.Empty:
             raise AssertionError(f"the node with {self.path} says nothing") from None
 
-    def end(self, number: int) -> list[int]:
-        """Send a signal and wait for the end; returns the rows that it has acknowledged since it was last listened to."""
+    def end(self, number: int) -> tuple[float, list[str]]:
+        """Send a signal and wait for the end; returns when the last row was acknowledged, and those since it was last listened to."""
+        began = time.monotonic()
         self.process.send_signal(number)
         self.process.wait(START_S)
-        rows = []
-        while (said := self.next()[1]) != ["end"]:
+        rows: list[str] = []
+        while True:
+            when, said = self.next()
+            if said == ["end"]:
+                return began, rows
             if said[0] == "row":
-                rows.append(int(said[1]))
-        return rows
+                began = when
+                rows.append(said[1])
 
 
 # -- the pair --------------------------------------------------------------------------------------------------------------------
@@ -96,14 +101,9 @@ class Node:
 
 def run(url: str, folder: Path, *, kills: int, handovers: int, ttl_s: float, tell: bool = True) -> tuple[list[float], list[float]]:
     """Kill, and hand over, so many times; returns the seconds that each took. Raises `AssertionError` when something acknowledged is lost."""
-    import replicator
-
     paths = [folder / "a.db", folder / "b.db"]
-    connection = sqlite3.connect(paths[0], isolation_level=None)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("CREATE TABLE acknowledged(id INTEGER PRIMARY KEY AUTOINCREMENT, node, pad)")
-    connection.close()
-    acknowledged: set[int] = set()
+    create(paths[0])
+    acknowledged: set[str] = set()
     times: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGTERM: []}
     owner, other = Node(url, paths[0], ttl_s), None
     try:
@@ -113,41 +113,54 @@ def run(url: str, folder: Path, *, kills: int, handovers: int, ttl_s: float, tel
         for number in [signal.SIGKILL] * kills + [signal.SIGTERM] * handovers:
             _listen(owner, acknowledged, ROWS_BETWEEN)
             time.sleep(0.5)  # the standby comes near
-            began = time.monotonic()
-            acknowledged.update(owner.end(number))
-            if number == signal.SIGTERM:
-                began = time.monotonic()  # the old owner has stored everything and released the lease
+            began, rows = owner.end(number)
+            acknowledged.update(rows)
             times[number].append(_listen(other, acknowledged, 1) - began)
             owner, other = other, Node(url, owner.path, ttl_s)
             assert other.next()[1] == ["waiting"]
             done = len(times[signal.SIGKILL]) + len(times[signal.SIGTERM])
             if tell and done % 10 == 0:
                 print(f"{done} done, {len(acknowledged)} rows acknowledged", flush=True)
-        acknowledged.update(owner.end(signal.SIGTERM))
+        acknowledged.update(owner.end(signal.SIGTERM)[1])
     finally:
         for item in (owner, other):
             if item is not None and item.process.poll() is None:
                 item.process.kill()
                 item.process.wait()
-    replicator.restore(url, folder / "restored.db", integrity_check="full")
-    connection = sqlite3.connect(folder / "restored.db")
-    present = {row[0] for row in connection.execute("SELECT id FROM acknowledged")}
-    connection.close()
-    assert acknowledged <= present, f"lost: {sorted(acknowledged - present)[:10]}"
+    check(url, folder / "restored.db", acknowledged)
     return times[signal.SIGKILL], times[signal.SIGTERM]
 
 
-def _listen(node: Node, acknowledged: set[int], rows: int) -> float:
+def create(path: Path) -> None:
+    """Make the database that the first node begins with."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE acknowledged(id INTEGER PRIMARY KEY, name TEXT UNIQUE, pad BLOB)")
+    connection.close()
+
+
+def check(url: str, output: Path, acknowledged: set[str]) -> None:
+    """Restore, and look for all that was acknowledged."""
+    import replicator
+
+    replicator.restore(url, output, integrity_check="full")
+    connection = sqlite3.connect(output)
+    present = {row[0] for row in connection.execute("SELECT name FROM acknowledged")}
+    connection.close()
+    assert acknowledged <= present, f"{len(acknowledged - present)} of {len(acknowledged)} rows are lost"
+
+
+def _listen(node: Node, acknowledged: set[str], rows: int) -> float:
     """Listen until the node has acknowledged so many rows; returns when the first one was."""
     first = 0.0
     while rows:
         when, said = node.next()
         if said[0] == "present":
-            lost = acknowledged - set(map(int, said[1:]))
-            assert not lost, f"lost: {sorted(lost)[:10]}"
+            lost = acknowledged - set(said[1:])
+            assert not lost, f"{len(lost)} of {len(acknowledged)} rows are lost"
         elif said[0] == "row":
             first, rows = first or when, rows - 1
-            acknowledged.add(int(said[1]))
+            acknowledged.add(said[1])
         elif said[0] == "end":
             raise AssertionError(f"the node with {node.path} has ended by itself")
     return first

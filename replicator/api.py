@@ -152,6 +152,7 @@ class Replicator:
         format: Format = "ltx",
         lease: bool | Lease | LeaseTerms = False,
         takeover: bool = False,
+        lease_timeout_s: float | None = None,
         on_failure: Callable[[ReplicatorError], None] | None = None,
         sync: Literal["interval", "commit"] = "interval",
         names: Sequence[str] = (),
@@ -175,6 +176,7 @@ class Replicator:
             lease: one writer at a time. True, or its terms, for a lease of this database alone, in the first replica; or a `Lease` that is shared with
                 other databases, and closed by its owner. Then the first replica decides who owns the database: the others only get what it has.
             takeover: wait for the lease, and go on from the other owner's state: what only this machine had is kept in a file, not merged.
+            lease_timeout_s: how long `start` waits for it, with takeover; as long as it takes when not given.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
             sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
             names: of the replicas, in order, for `wait(replicas=...)`; their kinds ("file", "s3") when not given.
@@ -195,7 +197,7 @@ class Replicator:
             raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
         self._lease, self._owns_lease = _lease_of(lease, self._clients[0])
         self._forget_lease: Callable[[], None] | None = None
-        self._takeover = takeover
+        self._takeover, self._lease_timeout_s = takeover, lease_timeout_s
         self._writing = writing(
             format,
             self._clients,
@@ -247,11 +249,8 @@ class Replicator:
 
     # -- life --------------------------------------------------------------------------------------------------------------------
 
-    def start(self, *, lease_timeout_s: float | None = None) -> Self:
+    def start(self) -> Self:
         """Attach to the database and the replicas, and begin. With a lease: the database is claimed then.
-
-        Args:
-            lease_timeout_s: with takeover, how long to wait for the lease; as long as it takes when not given.
 
         Raises:
             LeaseError: somebody else has the lease or has owned the replica since, or the store cannot do this.
@@ -264,7 +263,7 @@ class Replicator:
         self._pid = os.getpid()
         board.state = "starting"
         try:
-            self._open(lease_timeout_s)
+            self._open()
         except StorageUnavailable as error:
             board.report(error)
         except BaseException:
@@ -294,8 +293,8 @@ class Replicator:
         if self._lease is not None and txid:
             seed_table(self._clients[0], self._path, self._engine.folder, TXID(txid))
 
-    def _open(self, lease_timeout_s: float | None) -> None:
-        end = None if lease_timeout_s is None else time.monotonic() + lease_timeout_s
+    def _open(self) -> None:
+        end = None if self._lease_timeout_s is None else time.monotonic() + self._lease_timeout_s
         told = False
         while True:
             try:

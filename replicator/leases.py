@@ -20,6 +20,8 @@ class Leased(TypedDict):
 
     lease: bool | Lease | LeaseTerms
     takeover: bool
+    lease_timeout_s: float
+    """0: a daemon tries again by itself, and waits for nothing."""
 
 
 class Leases:
@@ -32,16 +34,16 @@ class Leases:
     def arguments(self, settings: LeaseSettings | None, *, takeover: bool = False) -> Leased:
         """Return what a replicator with these settings is made with. `takeover`: whatever they say about it. Raises `ConfigError`."""
         if settings is None:
-            return Leased(lease=False, takeover=False)
+            return Leased(lease=False, takeover=False, lease_timeout_s=0.0)
         takeover = takeover or settings.takeover
         if settings.home is None:
-            return Leased(lease=LeaseTerms(settings.ttl_s, settings.owner), takeover=takeover)
+            return Leased(lease=LeaseTerms(settings.ttl_s, settings.owner), takeover=takeover, lease_timeout_s=0.0)
         key = replace(settings, takeover=False)
         with self._lock:
             if key not in self._shared:
                 client = open_replica(settings.home)
                 self._shared[key] = Lease(client, owner=settings.owner or None, ttl_s=settings.ttl_s), client
-            return Leased(lease=self._shared[key][0], takeover=takeover)
+            return Leased(lease=self._shared[key][0], takeover=takeover, lease_timeout_s=0.0)
 
     def close(self) -> None:
         """Release them. Their databases are stopped by then."""

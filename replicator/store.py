@@ -176,7 +176,7 @@ class Member:
                 if self._prepared is None:
                     self._prepared = self._prepare()
                 self._restore(self._prepared.clients)
-                self._prepared.replicator.start(lease_timeout_s=0.0)
+                self._prepared.replicator.start()
             except FAILURES as error:
                 self._failed(error)
                 return True

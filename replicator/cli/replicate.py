@@ -159,6 +159,7 @@ def _from_arguments(
             format=cast("Format", flags.get("format", "ltx")),  # Replicator looks at it
             lease=lease,
             takeover=options.takeover,
+            lease_timeout_s=0.0,
             on_failure=lambda error: on_failure(),
         )
         return Prepared(replicator, clients)

@@ -99,7 +99,9 @@ def _member(path: Path, url: str, meta_path: Path, lease: Lease, operations: Ope
 
     def prepare() -> Prepared:
         client = measured(open_client(url), operations)
-        replicator = Replicator(path, client, meta_path=meta_path, lease=lease, takeover=True, on_failure=lambda error: wakeups.wake())
+        replicator = Replicator(
+            path, client, meta_path=meta_path, lease=lease, takeover=True, lease_timeout_s=0.0, on_failure=lambda error: wakeups.wake()
+        )
         return Prepared(replicator, [client])
 
     return Member(path, prepare, urls=[url])

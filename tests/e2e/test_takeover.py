@@ -94,7 +94,7 @@ def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
     acknowledged = owner.wait(timeout_s=30)
     stored = rows(old)
     with pytest.raises(LeaseHeld, match="lease is held by"):
-        Replicator(mine, url, lease=TERMS, takeover=True).start(lease_timeout_s=0)
+        Replicator(mine, url, lease=TERMS, takeover=True, lease_timeout_s=0).start()
     deposed(owner, client)
     with Replicator(mine, url, lease=TERMS, takeover=True, history=None, sync_interval_s=0) as replicator:
         new = connect(mine)
@@ -288,7 +288,7 @@ def test_an_owner_that_could_not_store_everything_keeps_its_lease(tmp_path):
         replicator.close(0.3)
     client.down = False
     with pytest.raises(LeaseHeld):
-        Replicator(tmp_path / "b.db", client, lease=TERMS, takeover=True).start(lease_timeout_s=0)
+        Replicator(tmp_path / "b.db", client, lease=TERMS, takeover=True, lease_timeout_s=0).start()
     with Replicator(database, client, lease=TERMS, history=None) as replicator:
         replicator.wait(timeout_s=20)
     assert rows(restored(client, tmp_path)) == rows(connection)

@@ -46,8 +46,8 @@ def test_one_lease_with_a_url_guards_all_that_do_not_say_no():
         assert isinstance(one["lease"], Lease)
         assert one["lease"] is two["lease"] is four["lease"]
         assert (one["takeover"], four["takeover"], made.arguments(first, takeover=True)["takeover"]) == (False, True, True)
-        assert made.arguments(None) == {"lease": False, "takeover": False}
-        assert made.arguments(LeaseSettings(ttl_s=5)) == {"lease": LeaseTerms(5.0), "takeover": False}
+        assert made.arguments(None) == {"lease": False, "takeover": False, "lease_timeout_s": 0.0}
+        assert made.arguments(LeaseSettings(ttl_s=5)) == {"lease": LeaseTerms(5.0), "takeover": False, "lease_timeout_s": 0.0}
 
 
 def test_its_place_may_be_in_s3_with_the_files_credentials():
