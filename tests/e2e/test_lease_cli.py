@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from replicator.cli import main
+from replicator.cli.control import ask_daemon
 from tests.e2e.databases import connect, insert, restored, rows
+from tests.servers import free_port
 
 
 class Running:
@@ -125,9 +128,10 @@ def test_an_owner_whose_lease_is_released_from_outside_ends_with_an_error(tmp_pa
 def test_one_lease_for_all_databases_of_a_configuration_and_takeover_waits_for_it(tmp_path, capsys):
     for name in ("a", "b"):
         insert(connect(tmp_path / f"{name}.db"), 10)
-    config = tmp_path / "c.yml"
+    config, socket, port = tmp_path / "c.yml", tmp_path / "s", free_port()
     home = f"file://{tmp_path}/host"
     config.write_text(
+        f"addr: 127.0.0.1:{port}\nsocket: {{enabled: true, path: {socket}}}\n"
         f"lease: {{url: '{home}', ttl: 2s, takeover: true}}\ndbs:\n"
         + "".join(f"  - {{path: {tmp_path}/{name}.db, replica: {{path: {tmp_path}/r-{name}}}}}\n" for name in ("a", "b"))
     )
@@ -136,8 +140,16 @@ def test_one_lease_for_all_databases_of_a_configuration_and_takeover_waits_for_i
         one.until("replicating to")
         assert lease(capsys, "show", home)[1]["state"] == "held"
         assert not (tmp_path / "r-a" / "lock.json").exists()
+        answer, _ = ask_daemon(socket, "/debug/sync-status", timeout_s=10)
+        (shown, _) = (item["lease"] for item in answer["databases"])
+        assert (shown["state"], shown["generation"]) == ("held", 1)
+        assert shown["owner"].endswith(f":{one.process.pid}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        assert f'pyrepl_lease_held{{db="{tmp_path}/a.db"}} 1.0' in text
+        assert f'pyrepl_lease_generation{{db="{tmp_path}/b.db"}} 1.0' in text
         other = tmp_path / "other.yml"
-        other.write_text(config.read_text().replace(".db,", "-2.db,"))
+        other.write_text(config.read_text().replace(".db,", "-2.db,").partition("lease:")[2].join(["lease:", ""]))
         with running("replicate", "-config", other) as two:
             two.until("lease is held by")
             one.end(signal.SIGKILL)
