@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from replicator import Replicator
-from replicator.errors import ConditionsIgnored, ConfigError, Fenced, LeaseHeld, LeaseLost, ReplicatorError
+from replicator.errors import ConditionsIgnored, ConfigError, Fenced, LeaseHeld, LeaseLost, ReplicatorError, StorageUnavailable
 from replicator.format.lock import token_of
 from replicator.format.ltx import decode_file, decode_header
 from replicator.lease import Lease, LeaseTerms, release_lock
 from replicator.standby import wait_until_owner
 from replicator.storage import open_client
 from replicator.storage.memory import MemoryClient
+from replicator.store import Member, Prepared
 from tests.e2e.databases import Flaky, checkpointed_bytes, connect, insert, restored, rows, until
 
 TERMS = LeaseTerms(ttl_s=60.0)  # nothing here waits for it
@@ -29,11 +31,6 @@ def raw_files(client) -> list:
         with client.open(info) as stream:
             found.append(decode_file(stream.read())[:2])
     return found
-
-
-def deposed(replicator: Replicator, *clients) -> None:
-    """Let an operator release the lease under its owner, as if that had been silent for its TTL."""
-    release_lock(clients[0], force=True)
 
 
 def test_the_claim_is_the_next_txid_and_changes_nothing(tmp_path):
@@ -95,7 +92,7 @@ def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
     stored = rows(old)
     with pytest.raises(LeaseHeld, match="lease is held by"):
         Replicator(mine, url, lease=TERMS, takeover=True, lease_timeout_s=0).start()
-    deposed(owner, client)
+    release_lock(client, force=True)  # as if its owner had been silent for its time
     with Replicator(mine, url, lease=TERMS, takeover=True, history=None, sync_interval_s=0) as replicator:
         new = connect(mine)
         assert rows(new) == stored
@@ -277,21 +274,76 @@ def test_what_goes_together():
 
 
 def test_an_owner_that_could_not_store_everything_keeps_its_lease(tmp_path):
-    client, database = Flaky(), tmp_path / "a.db"
+    class Full(MemoryClient):
+        """Takes control objects, and no files while `full` is true."""
+
+        full = False
+
+        def put(self, *arguments, **options):
+            if self.full:
+                raise StorageUnavailable("no room")
+            return super().put(*arguments, **options)
+
+    client, database = Full(), tmp_path / "a.db"
     connection = connect(database)
     insert(connection, 5)
     replicator = Replicator(database, client, lease=TERMS, history=None).start()
     replicator.wait(timeout_s=20)
-    client.down = True
+    client.full = True
     insert(connection, 5)
     with pytest.raises(ReplicatorError):
         replicator.close(0.3)
-    client.down = False
+    client.full = False
     with pytest.raises(LeaseHeld):
         Replicator(tmp_path / "b.db", client, lease=TERMS, takeover=True, lease_timeout_s=0).start()
     with Replicator(database, client, lease=TERMS, history=None) as replicator:
         replicator.wait(timeout_s=20)
     assert rows(restored(client, tmp_path)) == rows(connection)
+
+
+def test_a_copy_that_was_adopted_and_is_behind_again_has_nothing_to_salvage(tmp_path):
+    client = MemoryClient()
+    connection = connect(tmp_path / "a.db")
+    insert(connection, 10)
+    with Replicator(tmp_path / "a.db", client, lease=TERMS, history=None) as owner:
+        txid = owner.wait(timeout_s=20)
+        copy = restored(client, tmp_path, "b.db")
+        other = Replicator(copy, client, lease=TERMS, takeover=True, history=None)
+        other.adopt(txid)
+        insert(connection, 1)
+        owner.wait(timeout_s=20)
+    with other:
+        assert rows(copy) == rows(connection)
+    assert not list(tmp_path.glob("*salvage*"))
+
+
+def test_a_missing_database_is_restored_and_owned_without_takeover(tmp_path):
+    client = MemoryClient()
+    connection = connect(tmp_path / "a.db")
+    insert(connection, 10)
+    with Replicator(tmp_path / "a.db", client, lease=TERMS, history=None) as owner:
+        txid = owner.wait(timeout_s=20)
+    path = tmp_path / "b.db"
+    member = Member(path, lambda: Prepared(Replicator(path, client, lease=TERMS, history=None), [client]), restore_missing=True)
+    member.start()
+    assert member.state == "replicating", member.error
+    assert (member.txid, rows(path)) == (txid + 1, rows(connection))
+    member.stop(20)
+
+
+def test_a_database_whose_lease_is_held_waits_for_its_turn(tmp_path):
+    client, path = MemoryClient(), tmp_path / "a.db"
+    insert(connect(path), 1)
+    other = Lease(client, ttl_s=60, background=False)
+    other.acquire()
+    member = Member(path, lambda: Prepared(Replicator(path, client, lease=TERMS, history=None), [client]))
+    member.start()
+    assert (member.state, type(member.error)) == ("waiting", LeaseHeld)
+    assert 0 < member.retry_at - time.monotonic() <= 1.0
+    other.release()
+    member.start()
+    assert member.state == "replicating"
+    member.stop(20)
 
 
 # -- standby ---------------------------------------------------------------------------------------------------------------------
