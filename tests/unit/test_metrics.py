@@ -17,6 +17,7 @@ from replicator.board import Counts
 from replicator.errors import StorageUnavailable
 from replicator.format.ltx import TXID
 from replicator.keeper import HistoryCounts
+from replicator.lease import LeaseStatus
 from replicator.losses import LossWindow
 from replicator.storage.measured import Operations, measured
 from replicator.storage.memory import MemoryClient
@@ -54,6 +55,7 @@ STATUS = Status(
     waiting=(3, 100, 200),
     counts=Counts(11, 1, 0.5, 9000, 3, 1, 0.125),
     pinned_s=1.5,
+    lease=LeaseStatus("file:///r/lock.json", "held", "here:1", 4, None),
 )
 
 
