@@ -40,7 +40,9 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     log_warnings(config)
     wanted = _path(arguments[0]) if arguments else None
     rows = []
-    losses = _losses(config)
+    known = _known_to_daemon(config)
+    losses = {path: item["loss_window"] for path, item in known.items() if "loss_window" in item}
+    leases = {path: item["lease"] for path, item in known.items() if "lease" in item}
     for item in config.databases:
         if wanted in (None, item.path):
             state, txid = _state(item.path, _meta_path(config, item.path))
@@ -49,36 +51,44 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     if flags.get("json") == "true":
         keys = ("database", "status", "local_txid", "wal_size")
         found = [dict[str, object](zip(keys, row, strict=True)) for row in rows]
-        print(
-            json.dumps(
-                [{**row, **({"loss_window": losses[row["database"]]} if row["database"] in losses else {})} for row in found], indent=2
-            )
-        )
+        for row in found:
+            for key, more in (("loss_window", losses), ("lease", leases)):
+                if row["database"] in more:
+                    row[key] = more[row["database"]]
+        print(json.dumps(found, indent=2))
     else:
         table(["database", "status", "local txid", "wal size"], rows)
         windows = [_window_row(database, url, window) for database, *_ in rows for url, window in losses.get(database, {}).items()]
         if windows:
             print("\nOn this machine alone, of the last transactions, at most:")
             table(["database", "replica", "p50", "p99", "max", "txids"], windows)
+        owned = [[database, *_lease_row(leases[database])] for database, *_ in rows if database in leases]
+        if owned:
+            print("\nLeases:")
+            table(["database", "state", "owner", "generation", "expires at"], owned)
     return 0
 
 
-def _losses(config: Config) -> Mapping[object, Mapping[str, Mapping[str, float]]]:
-    """Ask the daemon, where one of ours serves the configuration's socket, how long commits were on this machine alone."""
+def _known_to_daemon(config: Config) -> Mapping[object, Mapping[str, Any]]:
+    """Ask the daemon, where one of ours serves the configuration's socket, for what only it knows of each database."""
     from replicator.cli.control import ask_daemon
 
     if not config.daemon.socket.enabled:
         return {}
     try:
         answer, _ = ask_daemon(config.daemon.socket.path, "/debug/sync-status", timeout_s=2.0)
-        return {item["path"]: item["loss_window"] for item in answer["databases"] if "loss_window" in item}
-    except (ReplicatorError, KeyError, TypeError):  # nobody is there, or somebody who does not measure it
+        return {item["path"]: item for item in answer["databases"]}
+    except (ReplicatorError, KeyError, TypeError):  # nobody is there
         return {}
 
 
 def _window_row(database: str, url: str, window: Mapping[str, float]) -> list[str]:
     times = [f"{window[f'{name}_seconds']:.3f} s" for name in ("p50", "p99", "max")]
     return [database, url, *times, str(window["txids"])]
+
+
+def _lease_row(lease: Mapping[str, Any]) -> list[str]:
+    return [str(lease.get(key, "-")) for key in ("state", "owner", "generation", "expires_at")]
 
 
 def _state(path: Path, meta_path: Path) -> tuple[str, str]:

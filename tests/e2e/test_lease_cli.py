@@ -40,11 +40,14 @@ class Running:
                 self._lines.put(line)
 
     def until(self, words: str, timeout_s: float = 40) -> None:
-        while words not in (self.seen or [""])[-1]:
+        """Read lines up to the next one with these words."""
+        while True:
             try:
                 self.seen.append(self._lines.get(timeout=timeout_s))
             except queue.Empty:
                 raise AssertionError(f"no line with {words!r}: {self.seen}") from None
+            if words in self.seen[-1]:
+                return
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
@@ -144,6 +147,10 @@ def test_one_lease_for_all_databases_of_a_configuration_and_takeover_waits_for_i
         (shown, _) = (item["lease"] for item in answer["databases"])
         assert (shown["state"], shown["generation"]) == ("held", 1)
         assert shown["owner"].endswith(f":{one.process.pid}")
+        assert main(["status", "-config", str(config), "-json"]) == 0
+        assert [row["lease"]["owner"] for row in json.loads(capsys.readouterr().out)] == [shown["owner"]] * 2
+        assert main(["status", "-config", str(config)]) == 0
+        assert f"{tmp_path}/b.db  held   {shown['owner']}  1 " in capsys.readouterr().out
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
             text = reply.read().decode()
         assert f'pyrepl_lease_held{{db="{tmp_path}/a.db"}} 1.0' in text
