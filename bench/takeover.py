@@ -26,6 +26,7 @@ from pathlib import Path
 
 START_S = 60.0
 ROWS_BETWEEN = 5
+PAUSE_S = 0.02
 
 
 # -- a node ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def node(url: str, path: Path, ttl_s: float) -> None:
     print("waiting", flush=True)
     if not wait_until_owner(client, path, folder, lease, stop=threading.Event(), poll_s=0.1, interval_s=0.5):
         return
-    with Replicator(path, url, lease=lease, takeover=True, history=None) as replicator:
+    with Replicator(path, url, lease=lease, takeover=True) as replicator:
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         print("present", *[row[0] for row in connection.execute("SELECT name FROM acknowledged")], flush=True)
         while not stopping:
@@ -54,6 +55,7 @@ def node(url: str, path: Path, ttl_s: float) -> None:
             connection.execute("INSERT INTO acknowledged(name, pad) VALUES(?, randomblob(200))", (name,))
             replicator.wait(timeout_s=60)
             print("row", name, flush=True)
+            time.sleep(PAUSE_S)
         connection.close()
     lease.close()
 

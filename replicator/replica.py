@@ -25,8 +25,8 @@ from pathlib import Path
 from replicator.chain import list_files, read_file
 from replicator.clock import SYSTEM, Clock, Moment, longest_s
 from replicator.errors import (
-    ConditionUnsupported,
     ConditionsIgnored,
+    ConditionUnsupported,
     CorruptReplica,
     Fenced,
     FormatError,
