@@ -284,7 +284,7 @@ class Replica:
             LeaseLost: somebody else has the lease.
             StorageError: not stored, or unknown; call again with the same files.
         """
-        self._make_sure(())
+        self._make_sure(files)
         sent = self._clock.now()
         for file in files:
             self._store(file)
@@ -310,7 +310,7 @@ class Replica:
             return
         mine = {(file.min_txid, file.max_txid) for file in own if file.level == 0}
         for info in self.client.list(0, seek=TXID(self.txid + 1)):
-            if (info.min_txid, info.max_txid) not in mine:
+            if (info.min_txid, info.max_txid) not in mine and not self._wrote(info):
                 raise Fenced(self.url, info.max_txid, why=f"TXID {info.max_txid:016x} was stored by another writer while this one slept")
         self._alone_since = now
 
@@ -344,13 +344,17 @@ class Replica:
     def holds_own(self, file: OutFile) -> bool:
         """True when this process itself has stored a file of that level and range, be it with other bytes; takes note of it then."""
         for info in self.client.list(file.level, seek=file.min_txid):
-            if (info.min_txid, info.max_txid) == (file.min_txid, file.max_txid):
-                with self.client.open(info, size=LTX_HEADER_SIZE) as stream:
-                    found = decode_header(stream.read())
-                if found.node_id == self.writer:
-                    self.record(info)
-                    return True
+            if (info.min_txid, info.max_txid) == (file.min_txid, file.max_txid) and self._wrote(info):
+                self.record(info)
+                return True
         return False
+
+    def _wrote(self, info: FileInfo) -> bool:
+        """True when a stored file is this process's own. Where nothing can be read back nobody can tell."""
+        if not self.client.can_read:
+            return False
+        with self.client.open(info, size=LTX_HEADER_SIZE) as stream:
+            return decode_header(stream.read()).node_id == self.writer
 
     def _sent(self, file: OutFile) -> None:
         self.files_sent += 1

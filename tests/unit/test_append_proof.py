@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from replicator.clock import Moment
-from replicator.errors import ConditionsIgnored, Fenced, LeaseLost
+from replicator.errors import ConditionsIgnored, Fenced, LeaseLost, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo, Header, encode_file
 from replicator.lease import Lease
 from replicator.outbox import OutFile
@@ -95,6 +95,31 @@ def test_a_request_that_takes_too_long_does_not_count_either():
     with pytest.raises(Fenced, match="while this one slept"):
         append(sleeper)
     assert sleeper.txid == 1
+
+
+def test_what_was_stored_without_a_reply_is_ours_however_late_it_is_tried_again():
+    client, clock = Listing(), Time()
+    replica = opened(client, clock, 1)
+    append(replica)
+
+    def lose_the_reply() -> None:
+        raise StorageUnavailable("reply lost")
+
+    client.during = lose_the_reply
+    with pytest.raises(StorageUnavailable):
+        append(replica)
+    client.during = lambda: None
+    clock.pass_s(500)
+    append(replica)
+    assert replica.txid == 2
+    # What goes on behind it, as a full image does, finds it there, too.
+    client.during = lose_the_reply
+    with pytest.raises(StorageUnavailable):
+        append(replica)
+    client.during = lambda: None
+    clock.pass_s(500)
+    replica.store([file(7, 1)], TXID(7))
+    assert replica.txid == 7
 
 
 def test_a_busy_writer_lists_nothing_and_an_idle_one_once():
