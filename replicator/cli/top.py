@@ -127,8 +127,17 @@ def _keys(descriptor: int) -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-def _terminated(number: int, _: object) -> None:
-    raise SystemExit(128 + number)  # through every `finally`: the terminal is put right
+@contextlib.contextmanager
+def _signals() -> Iterator[int]:
+    """Let signals be bytes that come through the descriptor which this yields: an exception could come anywhere, even where it is swallowed."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a shell would get the terminal without its echo
+    yield reader
 
 
 def watch(ask: Callable[[Frame | None], Frame], view: View, interval_s: float) -> int:
@@ -138,21 +147,18 @@ def watch(ask: Callable[[Frame | None], Frame], view: View, interval_s: float) -
 
     console = Console()
     asking = _Asking(ask, interval_s)
-    signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGHUP, _terminated)
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a shell would get the terminal without its echo
     stdin = sys.stdin.fileno()
     shown = asking.frame
-    resized, resizing = os.pipe()
-    os.set_blocking(resizing, False)
-    signal.signal(signal.SIGWINCH, lambda *_: None)
-    signal.set_wakeup_fd(resizing, warn_on_full_buffer=False)
-    with contextlib.suppress(KeyboardInterrupt), _keys(stdin), Live(console=console, screen=True, auto_refresh=False) as live:
+    with _signals() as signals, _keys(stdin), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             live.update(rendered(shown, view, console.width, console.height), refresh=True)
-            ready, _, _ = select.select([asking.reader, stdin, resized], [], [])
-            if resized in ready:
-                os.read(resized, 4096)
+            ready, _, _ = select.select([asking.reader, stdin, signals], [], [])
+            if signals in ready:
+                came = os.read(signals, 4096)
+                if ends := [number for number in (signal.SIGTERM, signal.SIGHUP) if number in came]:
+                    return 128 + ends[0]
+                if signal.SIGINT in came:
+                    break
             if asking.reader in ready:
                 os.read(asking.reader, 4096)
             if stdin in ready:

@@ -373,15 +373,17 @@ def test_metrics_and_health_with_one_broken_database(tmp_path: Path, database: s
         until_stored(tmp_path, 1)
         insert(database, 3)
         until_stored(tmp_path, 2)
+        a, b = f'db="{tmp_path}/a.db"', f'db="{tmp_path}/b.db"'
+        at_rest = f'pyrepl_replica_lag_seconds{{{a},replica="file://{tmp_path}/r-a"}} 0.0'
+        until(lambda: at_rest in get(f"{url}/metrics")[1])  # a file is there a moment before it is counted
         status, text = get(f"{url}/metrics")
         assert status == 200
-        a, b = f'db="{tmp_path}/a.db"', f'db="{tmp_path}/b.db"'
         for line in (
             f"litestream_txid{{{a}}} 2.0",
             "# TYPE litestream_sync_count counter",
             f'pyrepl_database_state{{{a},state="replicating"}} 1.0',
             f'pyrepl_database_state{{{b},state="waiting"}} 1.0',
-            f'pyrepl_replica_lag_seconds{{{a},replica="file://{tmp_path}/r-a"}} 0.0',
+            at_rest,
             f'pyrepl_loss_window_seconds_count{{{a},replica="file://{tmp_path}/r-a"}} 2.0',
         ):
             assert line in text.splitlines()
