@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, rows, txids
+from tests.e2e.databases import checkpointed_bytes, connect, insert, restored, rows, txids, until
 
 
 class Running:
