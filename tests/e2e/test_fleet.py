@@ -110,6 +110,7 @@ def test_two_hundred_databases_are_parked_woken_and_found_unchanged(fleet: Fleet
             connection.close()
         until(lambda: fleet.metric("pyrepl_replica_txid{") >= 210, 60)
         until(lambda: fleet.states() == {"parked": 200}, 60)
+        until(lambda: len(list(fleet.data.rglob("parked.json"))) == 200)
         assert fleet.metric("litestream_replica_operation_total{") < requests + 10 * 12  # those that were not written have cost nothing
         process.send(signal.SIGTERM)
         assert process.end() == 0
