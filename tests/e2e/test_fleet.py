@@ -91,6 +91,7 @@ def started(fleet: Fleet) -> Iterator[Running]:
         yield process
 
 
+@pytest.mark.slow
 def test_two_hundred_databases_are_parked_woken_and_found_unchanged(fleet: Fleet) -> None:
     names = [f"{number % 10}/{number}.db" for number in range(200)]
     fleet.create(*names)
