@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -20,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
 
+from replicator import livefile
 from replicator.board import Board, Counts, State
 from replicator.chain import Progress
 from replicator.checkpoint import CheckpointPolicy
@@ -37,6 +39,7 @@ from replicator.errors import (
 from replicator.format.lock import writer_number
 from replicator.format.ltx import TXID, parse_txid
 from replicator.format.v3 import parse_index
+from replicator.format.wal import WAL_HEADER_SIZE
 from replicator.formats import Format, writing
 from replicator.images import Images
 from replicator.keeper import HistoryCounts, Keeper
@@ -45,6 +48,8 @@ from replicator.levels import History
 from replicator.loop import EngineThread
 from replicator.losses import LossWindow
 from replicator.outbox import OutFile
+from replicator.parked import look
+from replicator.parking import Sight, is_settled
 from replicator.publish import IntegrityCheck
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
@@ -52,12 +57,13 @@ from replicator.restorer import RestoreResult, first_answer
 from replicator.restores import planned
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
+from replicator.tail import WALPosition
 from replicator.takeover import Tenant, seed_table
 from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
 from replicator.v3restore import newest_first, restore_any
 from replicator.waiters import Waiter
 
-__all__ = ["ReplicaStatus", "Replicator", "Status", "restore"]
+__all__ = ["Disturbed", "ReplicaStatus", "Replicator", "Rest", "Status", "restore"]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ REMOTE_INTERVAL_S = 1.0
 IMAGE_TIMEOUT_S = 60.0
 LEASE_POLL_S = 1.0
 IMAGE_TRIES = 50
+REST_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,30 @@ class Status:
     lease: LeaseStatus | None = None
 
 
+class Disturbed(DatabaseStateError):
+    """A database that was being put to rest has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What was true when a database was put to rest (see `parking.Parked`).
+
+    Attributes:
+        before: its files before the last look at them, if they had been left alone for long enough.
+        after: its files once everything was closed.
+        remembered: what each replica holds, for `Replicator.recall`.
+    """
+
+    txid: TXID
+    position: WALPosition
+    page_size: int
+    before: Sight | None
+    after: Sight
+    remembered: tuple[bytes | None, ...]
+    history_due: float | None
+    problems: tuple[str, ...]
+
+
 class Replicator:
     """Replicate a live database to one or more replicas until closed. A context manager, to be used once.
 
@@ -153,6 +184,7 @@ class Replicator:
         lease: bool | Lease | LeaseTerms = False,
         takeover: bool = False,
         lease_timeout_s: float | None = None,
+        recent_limit_bytes: int = 16 << 20,
         on_failure: Callable[[ReplicatorError], None] | None = None,
         sync: Literal["interval", "commit"] = "interval",
         names: Sequence[str] = (),
@@ -177,6 +209,7 @@ class Replicator:
                 other databases, and closed by its owner. Then the first replica decides who owns the database: the others only get what it has.
             takeover: wait for the lease, and go on from the other owner's state: what only this machine had is kept in a file, not merged.
             lease_timeout_s: how long `start` waits for it, with takeover; as long as it takes when not given.
+            recent_limit_bytes: bound for files that were sent lately and are kept in memory, so that merging need not fetch them.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
             sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
             names: of the replicas, in order, for `wait(replicas=...)`; their kinds ("file", "s3") when not given.
@@ -235,7 +268,7 @@ class Replicator:
         self._loop = EngineThread(
             self._engine, self._board, self._path, interval_s=interval, poll_s=poll_interval_s, at_once=sync == "commit"
         )
-        self._recent = RecentFiles()
+        self._recent = RecentFiles(recent_limit_bytes)
         self._images = Images(self._make_image)
         self._histories = histories
         self._drills = (
@@ -380,6 +413,90 @@ class Replicator:
             self._forget_lease()
         if self._lease is not None and self._owns_lease:
             self._lease.close(release=is_stored)
+
+    def rest(self, *, quiet_s: float) -> Rest | None:
+        """Close, if nothing has happened for a while and nothing is left to do; None when that is not so, and all goes on.
+
+        Only for a process that has no connections to the database but those of replicators: its descriptor is closed, too.
+
+        Raises:
+            Disturbed: something happened at this moment. Everything is closed, and nothing is lost; begin again.
+        """
+        if not self._is_at_rest(quiet_s):
+            return None
+        board, engine = self._board, self._engine
+        before, looked_ns = look(self._path), time.time_ns()
+        if not is_settled(before, looked_ns) and engine.wal_size() < WAL_HEADER_SIZE:
+            return None  # neither the WAL nor the times could prove later that nothing has changed
+        with board.changed:
+            board.stop = True
+            board.changed.notify_all()
+        end = time.monotonic() + REST_TIMEOUT_S
+        disturbed = ""
+        try:
+            for thread in self._threads:
+                thread.join(max(0.0, end - time.monotonic()))
+            if any(thread.is_alive() for thread in self._threads):
+                raise Disturbed("its threads do not end")
+            if board.fatal is not None or engine.advance() is not None or not engine.at_end:
+                raise Disturbed("it was written to")
+            if engine.pinned_s:
+                engine.checkpoint()
+            dues = [due for keeper in self._keepers.values() if (due := keeper.due()) is not None]
+            position, page_size, identity = engine.place_of_rest()
+        except (ReplicatorError, OSError, sqlite3.Error) as error:
+            disturbed = str(error)
+        finally:
+            self._threads, self._closed = [], True
+            engine.close()
+            self._give_lease_back(is_stored=True)
+            for client in self._clients:
+                client.close()
+            board.state = "stopped"
+        if disturbed:
+            raise Disturbed(disturbed)
+        livefile.close_unused(identity)
+        return Rest(
+            txid=engine.txid,
+            position=position,
+            page_size=page_size,
+            before=before if is_settled(before, looked_ns) else None,
+            after=look(self._path),
+            remembered=tuple(replica.remember() for replica in self._replicas),
+            history_due=min(dues, default=None),
+            problems=tuple(f"{item.url}: {text}" for item, keeper in self._keepers.items() for text in keeper.problems.values()),
+        )
+
+    def _is_at_rest(self, quiet_s: float) -> bool:
+        board, now = self._board, time.time()
+        with board.changed:
+            if not self._threads or self._drills is not None or board.state != "replicating" or board.ends or board.error or board.is_asked:
+                return False
+            if time.monotonic() - self._loop.news_at < quiet_s or not board.given_out or board.waiting()[0]:
+                return False
+            for replica, history in zip(self._replicas, self._histories, strict=True):
+                if not replica.online or replica.error or replica.needs_image or replica.txid != board.given_out:
+                    return False
+                keeping = self._keeper_threads.get(replica)
+                if history is not None and (keeping is None or (keeping.rests_until or 0.0) < now + quiet_s):
+                    return False
+            return True
+
+    def idle_s(self) -> float:
+        """Return how long nothing has happened to the database."""
+        return time.monotonic() - self._loop.news_at
+
+    def size_bytes(self) -> int:
+        """Return the size of the database at the newest TXID."""
+        return self._engine.database_bytes()
+
+    def recall(self, remembered: Sequence[bytes | None]) -> None:
+        """Begin, at `start`, with what `rest` returned, instead of listing the replicas. With a lease they are listed: it may have been another's."""
+        if self._lease is not None:
+            return
+        for replica, known in zip(self._replicas, remembered, strict=True):
+            if known is not None:
+                replica.recall(known)
 
     def __enter__(self) -> Self:
         return self.start()

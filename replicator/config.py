@@ -22,11 +22,13 @@ from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from replicator.configtable import Reader, Table, absolute_path, is_nothing, shown
+from replicator.directories import DirectorySettings, is_pattern
 from replicator.errors import ConfigError
 from replicator.expand import expand_environment
 from replicator.format.lock import MAX_TTL_S
 from replicator.formats import Format
 from replicator.levels import History
+from replicator.settings import DatabaseSettings, LeaseSettings, ReplicaSettings
 from replicator.storage.locations import ABSSettings, StoreSettings, check_path, make_settings, parse_store_url
 from replicator.storage.url import MIN_PART_SIZE, S3Settings, endpoint_url, file_path, is_url, parse_s3_url, redact, scheme
 from replicator.words import split_words
@@ -42,6 +44,8 @@ __all__ = [
     "Config",
     "Daemon",
     "DatabaseSettings",
+    "DirectorySettings",
+    "Fleet",
     "LeaseSettings",
     "Logging",
     "Note",
@@ -98,86 +102,46 @@ class Daemon:
     heartbeat_interval_s: float = 300.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaSettings:
-    """One replica. `url` says where it is, without secrets; `storage.open_replica` makes the client.
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """`pyrepl`, which Litestream ignores: bounds for all databases of the process together. None stands for what the machine allows.
 
     Attributes:
-        directory: the root, for kind "file".
-        s3: bucket, path and how to talk to the store, for kind "s3".
-        store: the same for all other kinds.
-        sse_customer_key_path: a file whose text becomes `s3.sse_customer_key` when the client is made.
-        sync_interval_s: least time between two uploads that nobody waits for; None for the engine's default.
-        history: levels, snapshots and retention, the replica's own settings included.
-        given_name: the key `name`; see the property.
-        age_identities, age_recipients: not empty: what is stored there must be encrypted, or nothing may be stored.
+        park_after_s: databases that rest for so long are closed; 0 for never.
+        park_max_bytes: larger ones are not.
+        hot: databases that are open at once.
+        recent_bytes: memory for files that were sent lately, of all databases together.
+        uploads_per_s: 0 for no bound.
     """
 
-    kind: Literal["file", "s3", "gs", "abs", "oss", "sftp", "webdav", "nats"]
-    url: str
-    directory: Path | None = None
-    s3: S3Settings | None = None
-    store: StoreSettings | None = None
-    sse_customer_key_path: Path | None = None
-    sync_interval_s: float | None = None
-    history: History = field(default_factory=History)
-    age_identities: tuple[str, ...] = field(default=(), repr=False)
-    age_recipients: tuple[str, ...] = field(default=(), repr=False)
-    given_name: str = ""
-
-    @property
-    def name(self) -> str:
-        """What `-replica` calls it."""
-        return self.given_name or self.kind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseSettings:
-    """A lease: of one database, in its first replica, or one for all that stands in a place of its own, `home`.
-
-    `takeover`: wait for it, and go on from another owner's state.
-    """
-
-    home: ReplicaSettings | None = None
-    ttl_s: float = 30.0
-    owner: str = ""
-    takeover: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatabaseSettings:
-    """One database. `None` stands for the engine's default; a `checkpoint_interval_s` of 0 switches checkpoints by age off.
-
-    `format`: in which all its replicas are written. `sync`: "commit" uploads commits at once, whatever `sync_interval_s` of a replica says.
-    `lease`: None for none.
-    """
-
-    path: Path
-    replicas: tuple[ReplicaSettings, ...]
-    meta_path: Path | None = None
-    monitor_interval_s: float | None = None
-    checkpoint_interval_s: float | None = None
-    busy_timeout_s: float | None = None
-    min_checkpoint_pages: int | None = None
-    verify_interval_s: float | None = None
-    restore_if_db_not_exists: bool = False
-    format: Format = "ltx"
-    sync: Literal["interval", "commit"] = "interval"
-    lease: LeaseSettings | None = None
+    park_after_s: float = 30.0
+    park_max_bytes: int = 64 << 20
+    hot: int | None = None
+    recent_bytes: int = 256 << 20
+    uploads_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole file."""
+    """A whole file. `databases` are those with a `path`; those of `directories` are found when they are looked for."""
 
     databases: tuple[DatabaseSettings, ...]
     logging: Logging
     warnings: tuple[Note, ...]
     daemon: Daemon = Daemon()
+    directories: tuple[DirectorySettings, ...] = ()
+    fleet: Fleet = Fleet()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it names neither a database nor a directory."""
+        return not self.databases and not self.directories
 
     def database(self, path: Path) -> DatabaseSettings | None:
-        """Return the settings of the database at an absolute path."""
-        return next((item for item in self.databases if item.path == path), None)
+        """Return the settings of the database at an absolute path, whether there is one or not."""
+        named = (item for item in self.databases if item.path == path)
+        in_directory = (item.database(path) for item in self.directories if item.may_hold(path))
+        return next(named, None) or next(in_directory, None)
 
 
 def load(
@@ -278,7 +242,7 @@ _TOP_ELSEWHERE = {
 _TOP_OWN = frozenset(
     [
         "dbs", "levels", "snapshot", "l0-retention", "l0-retention-check-interval", "retention", "logging", "addr", "exec", "socket",
-        "shutdown-sync-timeout", "shutdown-sync-interval", "heartbeat-url", "heartbeat-interval", "lease",
+        "shutdown-sync-timeout", "shutdown-sync-interval", "heartbeat-url", "heartbeat-interval", "lease", "pyrepl",
     ]
 )  # fmt: skip
 _LEASE = frozenset(["ttl", "owner", "takeover"])
@@ -316,10 +280,69 @@ def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
     top.no_effect(_NOT_INHERITED, "replicas do not inherit this key: it has no effect here")
     entries = [Table(top.reader, node, where) for node, where in top.items("dbs")]
     history, lease = _read_history(top, entries), _read_lease(top, environ)
-    databases = [_read_database(entry, top, history, lease, environ) for entry in entries]
-    _check_unique(top.reader, entries, databases)
-    log, daemon = _read_logging(top.table("logging")), _read_daemon(top)
-    return Config(tuple(databases), log, tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column))), daemon)
+    found = [_read_entry(entry, top, history, lease, environ) for entry in entries]
+    _check_unique(top.reader, entries, found)
+    log, daemon, fleet = _read_logging(top.table("logging")), _read_daemon(top), _read_fleet(top.table("pyrepl"))
+    return Config(
+        tuple(item for item in found if isinstance(item, DatabaseSettings)),
+        log,
+        tuple(sorted(top.reader.notes, key=lambda note: (note.line, note.column))),
+        daemon,
+        tuple(item for item in found if isinstance(item, DirectorySettings)),
+        fleet,
+    )
+
+
+def _read_fleet(table: Table) -> Fleet:
+    table.check_keys(["park-after", "park-max-size", "max-hot", "max-recent", "max-uploads-per-second"])
+    hot = table.number("max-hot")
+    if hot == 0:
+        table.fail("max-hot", "must be greater than 0", "leave it out for what the machine allows")
+    said = {
+        "park_after_s": table.duration("park-after"),
+        "park_max_bytes": table.size("park-max-size"),
+        "hot": hot,
+        "recent_bytes": table.size("max-recent"),
+        "uploads_per_s": table.number("max-uploads-per-second"),
+    }
+    return replace(Fleet(), **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _read_entry(
+    entry: Table, top: Table, history: History, leases: LeaseSettings, environ: Mapping[str, str]
+) -> DatabaseSettings | DirectorySettings:
+    """Read an entry of `dbs`: a database, or a directory of them."""
+    if entry.own("dir") is None:
+        if entry.own("path") is None:
+            entry.reader.fail(entry.place, f"{entry.where}: path is missing")
+        return _read_database(entry, top, history, leases, environ)
+    if entry.own("path") is not None:
+        entry.fail("dir", "cannot specify both 'path' and 'dir'")
+    pattern = entry.text("pattern")
+    if pattern is None:
+        entry.fail("dir", "'pattern' is required when using 'dir'", "such as pattern: '*.db'")
+    if not is_pattern(pattern):
+        entry.fail("pattern", "syntax error in pattern", "* ? [a-z] [^a-z], and a backslash before one of them")
+    if "/" in pattern:
+        entry.warn("pattern", "is compared with the name of the file alone: one with a slash finds nothing")
+    if entry.boolean("restore-if-db-not-exists"):
+        entry.fail("restore-if-db-not-exists", "not for directories", "restore them with `pyrepl restore -config ... DIR` first")
+    meta_dir = entry.path("meta-dir")
+    if meta_dir is not None and entry.own("meta-path") is not None:
+        entry.fail("meta-dir", "cannot specify both 'meta-path' and 'meta-dir'")
+    template = _read_database(entry, top, history, leases, environ)
+    tables = (
+        [entry.table("replica")] if entry.own("replica") is not None else [Table(entry.reader, *item) for item in entry.items("replicas")]
+    )
+    return DirectorySettings(
+        path=template.path,
+        pattern=pattern,
+        recursive=bool(entry.boolean("recursive")),
+        watch=bool(entry.boolean("watch")),
+        meta_dir=meta_dir,
+        template=template,
+        by_url=tuple(table.own("url") is not None for table in tables),
+    )
 
 
 def _read_daemon(top: Table) -> Daemon:
@@ -504,15 +527,12 @@ def _database_lease(entry: Table, general: LeaseSettings) -> LeaseSettings | Non
 
 
 def _read_database(entry: Table, top: Table, history: History, leases: LeaseSettings, environ: Mapping[str, str]) -> DatabaseSettings:
-    if (directory := entry.node("dir")) is not None:
-        hint = "list each database with path"
-        entry.reader.fail(directory, f"{entry.named('dir')}: directories come with the daemon release", hint)
     entry.check_keys(DATABASE_KEYS)
-    entry.no_effect(_DIRECTORY, "goes with dir only: it has no effect")
+    if entry.own("dir") is None:
+        entry.no_effect(_DIRECTORY, "goes with dir only: it has no effect")
     entry.no_effect_of(_DATABASE_ELSEWHERE)
-    path = entry.path("path", strip=_SQLITE_URL)
-    if path is None:
-        entry.reader.fail(entry.place, f"{entry.where}: path is missing")
+    path = entry.path("path", strip=_SQLITE_URL) or entry.path("dir")
+    assert path is not None
     pages = entry.number("min-checkpoint-page-count")
     if pages == 0:
         entry.fail("min-checkpoint-page-count", "must be greater than 0")
@@ -575,18 +595,31 @@ def _format(table: Table) -> Format | None:
     return "ltx" if text == "ltx" else "v0.3" if text else None
 
 
-def _check_unique(reader: Reader, entries: Sequence[Table], databases: Sequence[DatabaseSettings]) -> None:
-    """Refuse two entries for one database or one metadata folder, and two databases (or two entries of one) in one replica."""
-    seen: dict[tuple[str, object], int] = {}
-    for number, (entry, database) in enumerate(zip(entries, databases, strict=True)):
-        meta = database.meta_path or database.path.with_name(f".{database.path.name}-litestream")
-        places = [("path", database.path), ("metadata path", meta)]
-        for kind, place in [*places, *(("replica", replica.url) for replica in database.replicas)]:
-            if (kind, place) in seen:
-                other = seen[kind, place]
-                where = "used twice" if other == number else f"already used by dbs[{other}]"
-                reader.fail(entry.place, f"{entry.where}: duplicate {kind} {place} ({where})")
-            seen[kind, place] = number
+def _check_unique(reader: Reader, entries: Sequence[Table], found: Sequence[DatabaseSettings | DirectorySettings]) -> None:
+    """Refuse two entries for one database, directory or metadata folder, and two databases (or two entries of one) in one replica."""
+    seen: dict[tuple[str, str], int] = {}
+    for number, (entry, item) in enumerate(zip(entries, found, strict=True)):
+        for kind, place in _places(item):
+            other = seen.setdefault((kind, place), number)
+            if other != number and not _share_directory(item, found[other]):
+                reader.fail(entry.place, f"{entry.where}: duplicate {kind} {place} (already used by dbs[{other}])")
+        for kind, place in (twice for at, twice in enumerate(_places(item)) if twice in _places(item)[:at]):
+            reader.fail(entry.place, f"{entry.where}: duplicate {kind} {place} (used twice)")
+
+
+def _places(item: DatabaseSettings | DirectorySettings) -> list[tuple[str, str]]:
+    """Return what no other entry may have."""
+    if isinstance(item, DirectorySettings):
+        return [("dir and pattern", f"{item.path} {item.pattern}"), *(("replica", replica.url) for replica in item.template.replicas)]
+    meta = item.meta_path or item.path.with_name(f".{item.path.name}-litestream")
+    return [("path", str(item.path)), ("metadata path", str(meta)), *(("replica", replica.url) for replica in item.replicas)]
+
+
+def _share_directory(one: DatabaseSettings | DirectorySettings, other: DatabaseSettings | DirectorySettings) -> bool:
+    """Say whether two entries take different files of one directory, which may lie side by side in one replica."""
+    if not (isinstance(one, DirectorySettings) and isinstance(other, DirectorySettings)):
+        return False
+    return one.path == other.path and one.pattern != other.pattern
 
 
 def _read_replica(table: Table, top: Table, history: History, environ: Mapping[str, str]) -> ReplicaSettings:

@@ -26,22 +26,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from replicator import config
 from replicator.api import Replicator
+from replicator.directories import DirectorySettings
 from replicator.errors import ConfigError, ReplicatorError
+from replicator.fleet import Directories, Make
 from replicator.leases import Leases
+from replicator.memory import few_heaps
 from replicator.storage import open_client, open_replica, redact
 from replicator.storage.measured import Operations, measured
+from replicator.storage.paced import Pace, paced
 from replicator.storage.url import is_url, scheme
-from replicator.store import Member, Prepared, Store
+from replicator.store import Limits, Member, Prepared, Store
 
-__all__ = ["Daemon", "Options", "Wakeups", "leave", "member_for", "registered_member", "run_once"]
+__all__ = ["Daemon", "Options", "Shared", "Wakeups", "leave", "member_for", "registered_member", "run_once", "shared"]
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 FOR_CHILD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGWINCH)
 EXIT_FAILED = 1
+FILES_FOR_EACH = 16  # four connections with three files each, the table, the lock, and some in passing
+FILES_FOR_OTHERS = 200
+MAX_FILES = 1 << 20
+MOST_HOT = 1000  # each has some threads, and half a megabyte in SQLite
+MIN_RECENT_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +71,84 @@ class Options:
         return not self.once or self.enforce_history
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all databases of a configuration share: counters, the pace of uploads, bounds, and leases."""
+
+    operations: Operations
+    leases: Leases
+    limits: Limits = Limits()  # noqa: RUF009  frozen
+    recent_bytes: int = 16 << 20
+    pace: Pace | None = None
+
+
+def shared(fleet: config.Fleet, operations: Operations, leases: Leases, *, parks: bool) -> Shared:
+    """Return what databases share, within what the machine allows. `parks`: the process stays, and has no other connections."""
+    if parks and fleet.park_after_s:
+        few_heaps()
+    by_files = (_open_files() - FILES_FOR_OTHERS) // FILES_FOR_EACH
+    hot = fleet.hot if fleet.hot is not None else max(16, min(by_files, MOST_HOT))
+    return Shared(
+        operations,
+        leases,
+        Limits(park_after_s=fleet.park_after_s if parks and fleet.park_after_s else None, park_max_bytes=fleet.park_max_bytes, hot=hot),
+        max(MIN_RECENT_BYTES, min(16 << 20, fleet.recent_bytes // hot)),
+        Pace(fleet.uploads_per_s) if fleet.uploads_per_s else None,
+    )
+
+
+def _open_files() -> int:
+    """Return how many files this process may have open, after asking for all that it can have."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = max(soft, MAX_FILES)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(soft, MAX_FILES)
+
+
 def member_for(
-    settings: config.DatabaseSettings, options: Options, operations: Operations, leases: Leases, on_failure: Callable[[], None]
+    settings: config.DatabaseSettings,
+    options: Options,
+    shared: Shared,
+    on_failure: Callable[[], None],
+    *,
+    found_in: DirectorySettings | None = None,
 ) -> Member:
-    """Return the member of a database in the configuration. Raises `ConfigError`."""
+    """Return the member of a database in the configuration.
+
+    Args:
+        found_in: the directory that it was found in. Its own settings are made again when they are needed: ten thousand of them take memory.
+
+    Raises:
+        ConfigError: the settings are wrong; not for one that was found in a directory.
+    """
+    prepare = partial(_prepare, settings) if found_in is None else partial(_prepare_found, found_in, settings.path)
+    has_own_lease = settings.lease is not None and settings.lease.home is None  # it must be renewed, so it can't sleep
+    can_park = settings.format == "ltx" and settings.verify_interval_s is None and not has_own_lease
+    parks = shared.limits.park_after_s is not None and can_park
+    real = Path(os.path.realpath(settings.path))
+    folder = (settings.meta_path or real.with_name(f".{real.name}-litestream")) / "pyrepl"
+    wanted = settings.restore_if_db_not_exists or options.restore_missing
+    return Member(
+        settings.path,
+        partial(prepare, options, shared, on_failure),
+        restore_missing=wanted,
+        settings=settings if found_in is None else found_in,
+        urls=[item.url for item in settings.replicas],
+        folder=folder if parks else None,
+        checked=found_in is not None,
+    )
+
+
+def _prepare_found(directory: DirectorySettings, path: Path, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:
+    return _prepare(directory.database(path), options, shared, on_failure)
+
+
+def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:
     said = {
         "poll_interval_s": settings.monitor_interval_s,
         "checkpoint_interval_s": settings.checkpoint_interval_s,
@@ -73,28 +157,24 @@ def member_for(
     }
     intervals = [item.sync_interval_s for item in settings.replicas if item.sync_interval_s is not None]
 
-    def prepare() -> Prepared:
-        clients = [measured(open_replica(item), operations) for item in settings.replicas]
-        replicator = Replicator(
-            settings.path,
-            *clients,
-            meta_path=settings.meta_path,
-            sync_interval_s=min(intervals, default=None) if settings.sync == "interval" else None,
-            sync=settings.sync,
-            names=[item.name for item in settings.replicas],
-            force_snapshot=options.force_snapshot,
-            history=[item.history for item in settings.replicas] if options.keeps_history else None,
-            verify_interval_s=settings.verify_interval_s,
-            format=settings.format,
-            on_failure=lambda error: on_failure(),
-            **leases.arguments(settings.lease, takeover=options.takeover),
-            **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
-        )
-        return Prepared(replicator, clients)
-
-    wanted = settings.restore_if_db_not_exists or options.restore_missing
-    urls = [item.url for item in settings.replicas]
-    return Member(settings.path, prepare, restore_missing=wanted, settings=settings, urls=urls)
+    clients = [paced(open_replica(item), shared.operations, shared.pace) for item in settings.replicas]
+    replicator = Replicator(
+        settings.path,
+        *clients,
+        meta_path=settings.meta_path,
+        sync_interval_s=min(intervals, default=None) if settings.sync == "interval" else None,
+        sync=settings.sync,
+        names=[item.name for item in settings.replicas],
+        force_snapshot=options.force_snapshot,
+        history=[item.history for item in settings.replicas] if options.keeps_history else None,
+        verify_interval_s=settings.verify_interval_s,
+        format=settings.format,
+        recent_limit_bytes=shared.recent_bytes,
+        on_failure=lambda error: on_failure(),
+        **shared.leases.arguments(settings.lease, takeover=options.takeover),
+        **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
+    )
+    return Prepared(replicator, clients)
 
 
 def registered_member(path: Path, url: str, operations: Operations, on_failure: Callable[[], None]) -> Member:
@@ -203,18 +283,24 @@ class Daemon:
         *,
         retry: bool = True,
         load: Callable[[], config.Config] | None = None,
-        make: Callable[[config.DatabaseSettings], Member] | None = None,
+        make: Make | None = None,
+        directories: Sequence[DirectorySettings] = (),
+        limits: Limits = Limits(),  # noqa: B008  frozen
         shutdown_timeout_s: float | None = None,
     ) -> None:
         """
         Args:
             retry: False: a database that cannot begin is an error at once.
             load, make: read the configuration again, and make the member of one of its databases; for SIGHUP.
+            directories: whose databases are replicated, too.
+            limits: for all databases together.
             shutdown_timeout_s: instead of the one in the settings.
         """
         self._settings, self._wakeups, self._operations = settings, wakeups, operations
-        self._store = Store(members, retry=retry, on_change=wakeups.wake)
+        self._store = Store(members, retry=retry, on_change=wakeups.wake, limits=limits)
         self._load, self._make = load, make
+        self._wanted = directories
+        self._directories = Directories(self._store, make) if make is not None else None
         self._timeout_s = shutdown_timeout_s
         self._child: Child | None = None
         self._reloading: threading.Thread | None = None
@@ -230,6 +316,8 @@ class Daemon:
         signals = [*STOPS, *([signal.SIGHUP] if self._load else []), *(FOR_CHILD if self._settings.command else [])]
         self._wakeups.take_signals(signals, self._leave)
         with self._listeners():
+            if self._directories is not None:
+                self._directories.apply(self._wanted)
             self._store.start()
             try:
                 self._until_over()
@@ -258,7 +346,8 @@ class Daemon:
                 from replicator.metrics import renderer
 
                 made = listen_tcp(*self._settings.address)
-                listener = Listener(made, Observed(self._store, renderer(self._store, self._operations)).respond, "metrics")
+                render = renderer(self._store, self._operations, self._directories.summary if self._directories else tuple)
+                listener = Listener(made, Observed(self._store, render).respond, "metrics")
                 stack.callback(listener.close)
                 listener.start()
                 host, port = listener.address[:2]
@@ -310,7 +399,7 @@ class Daemon:
                 self._check_restored()
                 self._child = Child(self._settings.command, self._wakeups.wake)
             return False
-        return self._store.is_over and not self._settings.socket.enabled
+        return self._store.is_over and not self._settings.socket.enabled and not any(item.watch for item in self._wanted)
 
     def _check_restored(self) -> None:
         """The application would make an empty database of one that could not be restored."""
@@ -320,6 +409,8 @@ class Daemon:
 
     def _close(self) -> dict[Path, Exception]:
         end = time.monotonic() + self._shutdown_timeout_s
+        if self._directories is not None:
+            self._directories.close()
         if self._child is not None:  # it may have made a database a moment ago, on a disk that ends with us
             self._store.try_waiting(self._shutdown_timeout_s)
         errors = self._store.close(max(1.0, end - time.monotonic()), retry_interval_s=self._settings.shutdown_interval_s)
@@ -348,13 +439,17 @@ class Daemon:
     def _apply(self) -> None:
         assert self._load is not None
         assert self._make is not None
+        assert self._directories is not None
         new = self._load()
-        if not new.databases and not self._settings.socket.enabled:
+        if new.is_empty and not self._settings.socket.enabled:
             raise ConfigError("no databases specified in configuration")
         wanted = {os.path.realpath(item.path): item for item in new.databases}
         same, gone = [], []
+        in_directories = self._directories.databases()
         for member in self._store.members():
             found = wanted.get(os.path.realpath(member.path))
+            if member.path in in_directories and found is None:
+                continue
             if member.settings is not None and found == member.settings:
                 same.append(os.path.realpath(member.path))
             elif member.settings is not None or found is not None:  # what was registered stays, unless the file has it now
@@ -366,6 +461,8 @@ class Daemon:
             log.warning("addr, exec, socket and heartbeat are those of the start; restart to change them")
             self._settings = kept
         self._store.exchange(gone, fresh, self._shutdown_timeout_s)
+        self._directories.apply(new.directories, timeout_s=self._shutdown_timeout_s)
+        self._wanted = new.directories
         log.info("configuration reloaded unchanged=%d stopped=%d started=%d", len(same), len(gone), len(fresh))
 
 

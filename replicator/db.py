@@ -106,6 +106,7 @@ class Database:
         self._wal_path = path.with_name(path.name + "-wal")
         self._busy_timeout_s = busy_timeout_s
         self._file = -1
+        self._acquired: livefile.Identity | None = None
         self._connections: list[sqlite3.Connection] = []
         self._pinned = False
         self._attached = False  # everything that the pin can see is synced
@@ -136,10 +137,11 @@ class Database:
         if not stat.S_ISREG(found.st_mode):
             raise NotADatabase(self.path, "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file")
         livefile.warn_about_second_library()
-        self._file = livefile.descriptor(self.path)
+        self._file, self._acquired = livefile.acquire(self.path)
         self._identity = (found.st_dev, found.st_ino)
         head = os.pread(self._file, 16, 0)
         if head and head != SQLITE_MAGIC:
+            self.close()
             raise NotADatabase(self.path)
         try:
             for mode in ("rw", "rw", "ro", "ro"):
@@ -161,8 +163,16 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
         self._connections = []
+        acquired, self._acquired = self._acquired, None
+        if acquired is not None:
+            livefile.release(acquired)
         self._pinned = self._attached = self._restart_allowed = False
         self._doubtful, self._wal_identity = False, None
+
+    @property
+    def identity(self) -> livefile.Identity:
+        """Device and inode of the file that was opened last."""
+        return self._identity
 
     @property
     def is_attached(self) -> bool:

@@ -497,6 +497,16 @@ class Engine:
             self._known.note(self.replicas)
             self._known_at = now
 
+    def place_of_rest(self) -> tuple[WALPosition, int, tuple[int, int]]:
+        """Return where the synced part of the WAL ends, the page size, and device and inode of the database file.
+
+        Raises:
+            DatabaseStateError: what was read last is not encoded yet, or it is not certain where the WAL ends.
+        """
+        if self._tails or self._resync_reason is not None or not self._database.is_attached:
+            raise DatabaseStateError(f"not at rest: {self.path}")
+        return self._position, self._database.page_size, self._database.identity
+
     def database_bytes(self) -> int:
         """Size of the database at the newest TXID."""
         return self._commit * self._database.page_size

@@ -7,8 +7,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypedDict
 
-from replicator.config import LeaseSettings
 from replicator.lease import Lease, LeaseTerms
+from replicator.settings import LeaseSettings
 from replicator.storage import open_replica
 from replicator.storage.base import ReplicaClient
 

@@ -15,6 +15,7 @@ from replicator.watch import Watch
 
 __all__ = ["EngineThread"]
 
+ARM_S = 0.2
 QUIET_S = 2.0
 IDLE_POLL_S = 60.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)
@@ -40,6 +41,9 @@ class EngineThread:
         self._clear_at = time.monotonic()  # everything committed before is read
         self._unsettled: Entry | None = None
         self._full_looks = self._empty_looks = 0  # how many of the last ones, in a row, found something, and nothing
+        self._rested = False
+        self.news_at = time.monotonic()
+        """When something was found last, or may have happened."""
 
     def run(self) -> None:
         """Body of the thread."""
@@ -70,7 +74,7 @@ class EngineThread:
             if self._watch.armed and woken:
                 if not self._at_once or self._full_looks >= BUSY_LOOKS:
                     self._watch.disarm()
-                last_news = time.monotonic()
+                last_news = self.news_at = time.monotonic()
             last_sync = time.monotonic()
             try:
                 board.counts.syncs += 1
@@ -87,19 +91,19 @@ class EngineThread:
                 continue
             failures = 0
             self._full_looks, self._empty_looks = (self._full_looks + 1, 0) if news else (0, self._empty_looks + 1)
-            is_quiet = time.monotonic() - last_news > QUIET_S
             if news:
-                last_news = time.monotonic()
-            elif (is_quiet or self._at_once) and not self._watch.armed and self._watch.arm():
-                if is_quiet:
-                    self._engine.rest()
+                last_news = self.news_at = time.monotonic()
+                self._rested = False
+            elif (self._at_once or time.monotonic() - last_news > ARM_S) and not self._watch.armed and self._watch.arm():
                 # Look once more: something may have happened before the watch was armed.
                 with board.changed:
                     self._woken = False
                 if not self._is_quiet():
-                    last_news = time.monotonic()
-                elif is_quiet:
-                    last_news = time.monotonic() - QUIET_S - 1
+                    last_news = self.news_at = time.monotonic()
+                    self._rested = False
+            if not self._rested and time.monotonic() - last_news > QUIET_S:
+                self._engine.rest()
+                self._rested = True
 
     def _is_quiet(self) -> bool:
         try:
@@ -128,7 +132,7 @@ class EngineThread:
         if self._woken:
             return last_sync + self._interval
         if self._watch.armed:
-            return last_sync + IDLE_POLL_S
+            return last_sync + IDLE_POLL_S if self._rested else max(last_news + QUIET_S, last_sync) + self._interval
         return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
 
     def _sync(self) -> bool:

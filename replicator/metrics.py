@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
@@ -37,10 +38,14 @@ DRILL_SECONDS = Gauge("pyrepl_verify_duration_seconds", "How long the last drill
 _BARE = re.compile(rb"^(# (?:HELP|TYPE) litestream_(?:\w+_(?:count|seconds)|total_wal_bytes|replica_operation_bytes))_total ", re.MULTILINE)
 
 
-def renderer(store: Store, operations: Operations) -> Callable[[], bytes]:
+Summary = Iterable[tuple[Path, int, int, Mapping[str, int]]]
+"""Of each directory: its path, its databases and folders, and paths that are skipped, by reason."""
+
+
+def renderer(store: Store, operations: Operations, directories: Callable[[], Summary] = tuple) -> Callable[[], bytes]:
     """Return a function that makes the text of `/metrics`."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(store, operations))
+    registry.register(_Collector(store, operations, directories))
 
     def render() -> bytes:
         return _BARE.sub(rb"\1 ", generate_latest(registry)) + generate_latest(REGISTRY)
@@ -49,8 +54,8 @@ def renderer(store: Store, operations: Operations) -> Callable[[], bytes]:
 
 
 class _Collector:
-    def __init__(self, store: Store, operations: Operations) -> None:
-        self._store, self._operations = store, operations
+    def __init__(self, store: Store, operations: Operations, directories: Callable[[], Summary]) -> None:
+        self._store, self._operations, self._directories = store, operations, directories
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -59,6 +64,7 @@ class _Collector:
         members = self._store.members()
         yield from _peers(members)
         yield from _ours(members)
+        yield from _directories(self._directories())
         yield from _operations(self._operations)
 
 
@@ -94,6 +100,9 @@ def _peers(members: list[Member]) -> Iterator[Metric]:
     for member in members:
         replicator, db = member.replicator, str(member.path)
         if replicator is None:
+            if member.is_parked:
+                gauges["db_size"].add_metric([db], _size(db))
+                gauges["txid"].add_metric([db], member.txid)
             continue
         status = replicator.status()
         counts = status.counts
@@ -154,9 +163,17 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
         replicator, db = member.replicator, str(member.path)
         status = replicator.status() if replicator is not None else None
         now = "degraded" if status is not None and status.state == "degraded" else member.state
-        for name in ("waiting", "replicating", "degraded", "failed", "stopped"):
+        for name in ("waiting", "replicating", "degraded", "parked", "failed", "stopped"):
             state.add_metric([db, name], float(name == now))
         if status is None:
+            if member.is_parked:
+                if (when := member.synced_at) is not None:
+                    synced.add_metric([db], when.timestamp())
+                for url in member.urls:  # it has all of them, or would not be parked
+                    lag.add_metric([db, url], 0.0)
+                    newest.add_metric([db, url], member.txid)
+                    failing.add_metric([db, url], float(member.error is not None))
+                    problems.add_metric([db, url], sum(text.startswith(f"{url}: ") for text in member.history_problems))
             continue
         pinned.add_metric([db], status.pinned_s)
         locked.add_metric([db], status.max_lock_s)
@@ -208,6 +225,18 @@ def _ours(members: list[Member]) -> Iterator[Metric]:
         retries,
     )
     yield from history.values()
+
+
+def _directories(summary: Summary) -> Iterator[Metric]:
+    databases = GaugeMetricFamily("pyrepl_directory_databases", "Databases of a directory.", labels=["dir"])
+    folders = GaugeMetricFamily("pyrepl_directory_folders", "Folders of it that are looked at for changes.", labels=["dir"])
+    skipped = GaugeMetricFamily("pyrepl_directory_skipped", "Paths in it that are none, or cannot be read.", labels=["dir", "reason"])
+    for path, count, watched, reasons in summary:
+        databases.add_metric([str(path)], count)
+        folders.add_metric([str(path)], watched)
+        for reason, number in sorted(reasons.items()):
+            skipped.add_metric([str(path), reason], number)
+    yield from (databases, folders, skipped)
 
 
 def _operations(operations: Operations) -> Iterator[Metric]:

@@ -51,7 +51,7 @@ SLOT_SIZE = 256
 NO_TXID = TXID(0)
 ENTRIES_AT = 4096
 ENTRY_SIZE = 8
-GROWTH = 1 << 20
+MIN_GROWTH, MAX_GROWTH = 1 << 12, 1 << 20
 _SLOT = struct.Struct("<8sQ16sQIIQqQQIIqIII")
 
 
@@ -96,7 +96,7 @@ class PageTable:
         temporary = path.with_suffix(".tmp")
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            _allocate(file, ENTRIES_AT + GROWTH)
+            _allocate(file, ENTRIES_AT + MIN_GROWTH)
             os.replace(temporary, path)
             table = cls(path, file, TableState(lineage, TXID(0), page_size, 0), 0)
         except BaseException:
@@ -224,7 +224,9 @@ class PageTable:
         need = ENTRIES_AT + pages * ENTRY_SIZE
         if need <= len(self._map):
             return
-        size = -(-need // GROWTH) * GROWTH
+        # Ten thousand small databases have ten thousand small tables; a large one does not grow every few pages.
+        growth = min(max(MIN_GROWTH, 1 << need.bit_length() - 2), MAX_GROWTH)
+        size = -(-need // growth) * growth
         _allocate(self._file, size)
         self._map.close()
         self._map = mmap.mmap(self._file, size)

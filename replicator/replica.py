@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import struct
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from replicator.chain import list_files, read_file
@@ -45,7 +46,7 @@ from replicator.lease import Lease
 from replicator.outbox import OutFile
 from replicator.plan import chain_end, plan_restore
 from replicator.storage.base import Comparing, ReplicaClient, created_at
-from replicator.storage.probe import probe_conditional_writes
+from replicator.storage.probe import honours_conditions
 
 __all__ = ["Replica", "new_lineage", "read_lineage", "same_bytes"]
 
@@ -54,6 +55,10 @@ COMPARE_BYTES = 1 << 20
 REREAD_S = 150.0
 """Half of the time for which raw files are kept, by default here and in Litestream."""
 READ_SLICE_BYTES = 64 << 10
+LINEAGE_SIZE = 16
+MAX_REMEMBERED = 1000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ROW = struct.Struct("<BQQQq")
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +135,7 @@ class Replica:
         self._guard = threading.Lock()
         self._files: dict[int, list[FileInfo]] = {}
         self._meanwhile: list[Callable[[], None]] | None = None
+        self._recalled: bytes | None = None
 
     @property
     def url(self) -> str:
@@ -151,12 +157,14 @@ class Replica:
             StorageError: it cannot be read.
         """
         began = self._clock.now()
-        self.relist()
-        try:
-            chain_end(self.listing())
-        except RestoreError:
-            self.relist()  # a directory is no snapshot: what another writer stores meanwhile may seem to leave a gap
-        self._alone_since = began
+        recalled = self._take_recalled()
+        if recalled is None:
+            self.relist()
+            try:
+                chain_end(self.listing())
+            except RestoreError:
+                self.relist()  # a directory is no snapshot: what another writer stores meanwhile may seem to leave a gap
+            self._alone_since = began
         files = self.listing()
         try:
             self.txid = chain_end(files)
@@ -166,7 +174,7 @@ class Replica:
                 have, following = (error.have, error.next_txid) if isinstance(error, NonContiguous) else (0, newest)
                 raise ReplicaBroken(self.url, have, following) from error
             self.txid, self.needs_image = newest, True
-        return read_lineage(self.client)
+        return recalled or read_lineage(self.client)
 
     def renew(self, lineage: bytes) -> None:
         """Give an empty replica that records another lineage this one: its TXIDs begin anew, and whoever followed the old ones must notice.
@@ -207,7 +215,7 @@ class Replica:
                 if now != lineage:
                     raise LineageMismatch(self.url, expected=lineage.hex(), got=(now or b"").hex()) from None
         self._lineage = lineage
-        self.conditional = probe_conditional_writes(self.client).create
+        self.conditional = honours_conditions(self.client)
         if not self.conditional and self.lease is not None:
             raise ConditionsIgnored(self.url)
         if not self.conditional:
@@ -231,6 +239,30 @@ class Replica:
         self.listed = True
         for change in changes or ():  # stored or deleted by other threads while the store was listing
             change()
+
+    def remember(self) -> bytes | None:
+        """Return what is known to be stored, for `recall`; None when it was never listed, or is too much to be kept."""
+        files = [info for infos in self.listing().values() for info in infos]
+        if not self.listed or len(files) > MAX_REMEMBERED:
+            return None
+        rows = [_ROW.pack(item.level, item.min_txid, item.max_txid, item.size, _microseconds(item.created_at)) for item in files]
+        return b"".join([self._lineage, *rows])
+
+    def recall(self, remembered: bytes) -> None:
+        """Let `open` take what `remember` returned for the store's answer: nobody else appends here, or else the next append finds out."""
+        self._recalled = remembered
+
+    def _take_recalled(self) -> bytes | None:
+        remembered, self._recalled = self._recalled, None
+        if remembered is None:
+            return None
+        files: dict[int, list[FileInfo]] = {}
+        for level, low, high, size, created in _ROW.iter_unpack(remembered[LINEAGE_SIZE:]):
+            files.setdefault(level, []).append(FileInfo(level, TXID(low), TXID(high), size, EPOCH + timedelta(microseconds=created)))
+        with self._guard:
+            self._files = files
+        self.listed = True
+        return remembered[:LINEAGE_SIZE]
 
     def assume(self, txid: TXID) -> None:
         """Take a position on trust, of a store that may be written and not listed."""
@@ -413,6 +445,10 @@ def _cover(files: Sequence[FileInfo], txid: TXID, target: TXID) -> list[FileInfo
 
 def _key(info: FileInfo) -> tuple[int, int, int]:
     return info.level, info.min_txid, info.max_txid
+
+
+def _microseconds(when: datetime) -> int:
+    return (when - EPOCH) // timedelta(microseconds=1)
 
 
 def _trailer(client: ReplicaClient, info: FileInfo) -> bytes:

@@ -370,7 +370,7 @@ class Control:
         member = self._member(fields, missing=500)
         self._check_open()
         tried = member.start(again=True, timeout_s=_timeout(fields))
-        if member.error is not None and member.replicator is None:
+        if member.error is not None and member.replicator is None and not member.is_parked:
             raise _Refused(500, str(member.error))
         return {"status": "started" if tried else "already_running", "path": fields["path"], "txid": member.txid}
 
@@ -383,13 +383,14 @@ class Control:
     def _sync(self, request: Request) -> Mapping[str, object]:
         fields = _fields(request, path=str, wait=bool, timeout=int)
         member = self._member(fields, missing=404)
-        replicator = member.replicator
-        if replicator is None:
-            raise _Refused(409, f"database not open: {fields['path']}", member.problem)
-        (before, _), timeout_s = replicator.reached(), _timeout(fields)
-        txid = replicator.wait(timeout_s=timeout_s) if fields["wait"] else replicator.capture(timeout_s=timeout_s)
-        status = "no_change" if txid <= before else "synced" if fields["wait"] else "synced_local"
-        return {"status": status, "path": fields["path"], "txid": txid, "replicated_txid": replicator.reached()[1]}
+        timeout_s = _timeout(fields)
+        with member.awake(timeout_s) as replicator:
+            if replicator is None:
+                raise _Refused(409, f"database not open: {fields['path']}", member.problem)
+            before, _ = replicator.reached()
+            txid = replicator.wait(timeout_s=timeout_s) if fields["wait"] else replicator.capture(timeout_s=timeout_s)
+            status = "no_change" if txid <= before else "synced" if fields["wait"] else "synced_local"
+            return {"status": status, "path": fields["path"], "txid": txid, "replicated_txid": replicator.reached()[1]}
 
     def _register(self, request: Request) -> Mapping[str, object]:
         fields = _fields(request, path=str, replica_url=str)
@@ -493,7 +494,7 @@ def _timeout(fields: Mapping[str, Any]) -> float:
 
 
 def _listed(member: Member) -> dict[str, object]:
-    words = {"replicating": "replicating", "waiting": "open", "failed": "stopped", "stopped": "stopped"}
+    words = {"replicating": "replicating", "parked": "replicating", "waiting": "open", "failed": "stopped", "stopped": "stopped"}
     listed: dict[str, object] = {"path": str(member.path), "status": words[member.state]}
     if (when := member.synced_at) is not None:
         listed["last_sync_at"] = _time(when)
@@ -556,7 +557,7 @@ class Observed:
             {"path": str(member.path), "state": member.state, **({"error": member.problem} if member.problem else {})}
             for member in self._store.members()
         ]
-        ready = not self._store.is_closing and all(item["state"] in ("replicating", "stopped") for item in databases)
+        ready = not self._store.is_closing and all(item["state"] in ("replicating", "parked", "stopped") for item in databases)
         return _json(200 if ready else 503, {"ready": ready, "databases": databases})
 
 

@@ -1,303 +1,89 @@
-"""The databases of one process: each is a `Member` with a `Replicator` of its own, and none can hold up another.
+"""The databases of one process: each is a `Member` (`member.py`), and none can hold up another.
 
-| state | what it is |
-|---|---|
-| waiting | wanted, and not begun: the first try is due, or the last one failed and another comes |
-| replicating | begun; whether it is healthy is what `Replicator.status` says |
-| failed | a person has to look at it: it ended for good, or cannot begin until somebody changes something |
-| stopped | nobody wants it now |
+One thread keeps a heap of what is due, and gives it to a pool (`pool.py`) with eight jobs at once. A job that takes long, because a store does not
+answer, does not count any more after two seconds, so that it delays nobody. All threads are daemon threads: one that hangs does not keep
+the process from ending.
 
-A database that cannot begin is tried again after a while, unless the reason is one that does not go away by itself: a replica that belongs to
-another database, has lost its files, or has another writer. `start` tries those again, too.
-
-One thread finds out what is due and starts it in threads of their own, eight at once at most: a store that does not answer delays only
-those that come after eight of its kind. All of them are daemon threads, so that one that hangs does not keep the process from ending.
+What a parked database costs is a watch, and three `stat` calls in `SWEEP_S`: in case an event is lost. Where there are no events to be had it is looked at
+as often as `POLLS_PER_S` allows. When more databases are written to than may be open, they take turns.
 """
 
 from __future__ import annotations
 
-import contextlib
+import heapq
+import itertools
 import logging
 import math
-import os
-import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
-from replicator.api import ReplicaStatus, Replicator, restore
-from replicator.errors import (
-    ConfigError,
-    DatabaseStateError,
-    LeaseError,
-    LeaseHeld,
-    NoBackups,
-    ReplicaStateError,
-    ReplicatorError,
-    WaitTimeout,
-)
-from replicator.format.ltx import TXID
-from replicator.storage.base import ReplicaClient
-from replicator.storage.measured import Measured
-from replicator.v3restore import newest_first
+from replicator import memory
+from replicator.errors import DatabaseStateError, WaitTimeout
+from replicator.member import BUSY_RETRY_S, FAILURES, Limits, Member, Prepared, State, key_of
+from replicator.pool import Pool
 
-__all__ = ["Member", "Prepared", "State", "Store", "at_once", "stop_all"]
+__all__ = ["FAILURES", "Limits", "Member", "Prepared", "State", "Store", "at_once", "stop_all"]
 
 AT_ONCE = 8
-NOT_READY_RETRY_S = 2.0
-RETRY_S = 5.0
-MIN_LEASE_RETRY_S, LEASE_RETRY_S = 0.05, 1.0
-MAX_RETRY_S = 300.0
 GRACE_S = 5.0
-FAILURES = (ReplicatorError, OSError, sqlite3.Error)
-
-State = Literal["waiting", "replicating", "failed", "stopped"]
+SWEEP_S = 60.0
+POLL_S = 1.0
+POLLS_PER_S = 2000
+SLICE_S = 0.5
+TRIM_FROM = 100
+TRIM_EVERY_S = 30.0
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A replicator that was not started yet, and its clients."""
-
-    replicator: Replicator
-    clients: Sequence[ReplicaClient]
-
-
-def _place(replica: ReplicaStatus) -> str:
-    """Where a replica is, for the log: a position in format v0.3, where TXIDs only count within this process."""
-    return f"position={replica.position}" if replica.position else f"txid={replica.txid:016x}"
-
-
-class Member:
-    """One of the databases. Its methods may be called from any thread, and those that take time exclude each other."""
+class Store:
+    """The members, and the thread that looks after them. `start` once, `close` at the end."""
 
     def __init__(
         self,
-        path: Path,
-        prepare: Callable[[], Prepared],
+        members: Iterable[Member] = (),
         *,
-        restore_missing: bool = False,
-        settings: object = None,
-        urls: Sequence[str] = (),
+        retry: bool = True,
+        on_change: Callable[[], None] = lambda: None,
+        limits: Limits = Limits(),  # noqa: B008  frozen
     ) -> None:
-        """
-        Args:
-            prepare: makes the replicator; once now, so that wrong settings are found at once, and again for each further start.
-            restore_missing: restore the database before it is replicated, when it is missing.
-            settings: what it was made of, for comparing; None for one that was registered while the process ran.
-            urls: of the replicas, as they were given.
-
-        Raises:
-            ConfigError: the settings are wrong.
-        """
-        self.path, self.settings, self.urls = path, settings, tuple(urls)
-        self.error: Exception | None = None
-        self.retry_at = 0.0
-        self.was_tried = False
-        self.is_missing_restore = restore_missing
-        self._prepare = prepare
-        self._prepared: Prepared | None = prepare()
-        self._begun = False
-        self._wanted = True
-        self._failures = 0
-        self._txid = TXID(0)
-        self._position = ""  # in format v0.3
-        self._synced_at: datetime | None = None
-        self._busy = threading.Lock()
-
-    # -- asking ------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def replicator(self) -> Replicator | None:
-        """The replicator that was started; None before and afterwards."""
-        prepared = self._prepared
-        return prepared.replicator if prepared is not None and self._begun else None
-
-    @property
-    def state(self) -> State:
-        replicator = self.replicator
-        if not self._wanted:
-            return "stopped"
-        if replicator is None:
-            return "failed" if self.retry_at == math.inf else "waiting"
-        return "failed" if replicator.status().state == "failed" else "replicating"
-
-    @property
-    def txid(self) -> TXID:
-        """Newest TXID that was read in this process."""
-        replicator = self.replicator
-        return max(self._txid, replicator.status().txid) if replicator is not None else self._txid
-
-    @property
-    def synced_at(self) -> datetime | None:
-        """All that was committed before is on every replica, as far as this process knows."""
-        replicator = self.replicator
-        return replicator.status().synced_at if replicator is not None else self._synced_at
-
-    @property
-    def requests(self) -> int:
-        """Operations on its replicas since it last began, where its clients count them."""
-        prepared = self._prepared
-        return sum(client.requests for client in prepared.clients if isinstance(client, Measured)) if prepared is not None else 0
-
-    @property
-    def problem(self) -> str | None:
-        """What keeps it from being replicated now; None when nothing does."""
-        replicator = self.replicator
-        if replicator is None:
-            return str(self.error) if self.error is not None and self._wanted else None
-        status = replicator.status()
-        return status.error or next((f"{item.url}: {item.error}" for item in status.replicas if item.error), None)
-
-    # -- life --------------------------------------------------------------------------------------------------------------------
-
-    def start(self, *, again: bool = False, timeout_s: float | None = None) -> bool:
-        """Try to begin; False when it is replicating already. What fails is in `error`, logged, and due again at `retry_at`.
-
-        Args:
-            again: also when it was stopped, or has failed for good.
-            timeout_s: how long to wait for another call that is under way.
-
-        Raises:
-            WaitTimeout: the other call did not end.
-        """
-        with self._alone(timeout_s):
-            if self.state == "replicating" or not (self._wanted or again):
-                return False
-            with contextlib.suppress(*FAILURES):  # of one that has failed for good; the log has it
-                self._end(0.0)
-            self._wanted = True
-            try:
-                if self._prepared is None:
-                    self._prepared = self._prepare()
-                self._restore(self._prepared.clients)
-                self._prepared.replicator.start()
-            except FAILURES as error:
-                self._failed(error)
-                return True
-            finally:
-                self.was_tried = True
-            self.error, self._begun, self._failures = None, True, 0
-            log.info("initialized db path=%s", self.path)
-            for replica in self._prepared.replicator.status().replicas:
-                log.info("replicating to type=%s url=%s %s", replica.kind, replica.url, _place(replica))
-            return True
-
-    def _failed(self, error: Exception) -> None:
-        if str(error) != str(self.error):
-            log.error("cannot replicate db=%s error=%r", self.path, str(error))
-        self.error = error
-        if isinstance(error, LeaseHeld):
-            self.retry_at = time.monotonic() + min(max(error.wait_s, MIN_LEASE_RETRY_S), LEASE_RETRY_S)
-        elif isinstance(error, (ReplicaStateError, LeaseError, ConfigError)):  # somebody has to look at it first
-            self.retry_at = math.inf
-        else:
-            delay = NOT_READY_RETRY_S if isinstance(error, DatabaseStateError) else RETRY_S * 2**self._failures
-            self.retry_at = time.monotonic() + min(delay, MAX_RETRY_S)
-            self._failures = min(self._failures + 1, 10)
-
-    def _restore(self, clients: Sequence[ReplicaClient]) -> None:
-        """Restore a database that is missing. Only "nothing is stored" lets it begin anew: with an unreachable replica nobody knows."""
-        if self.is_missing_restore and not self.path.exists():
-            try:
-                # Only when all have been asked: what is restored is written to all of them, and one that is away may be ahead.
-                result = restore(newest_first(clients, all_must_answer=True), self.path)
-                if self._prepared is not None:
-                    self._prepared.replicator.adopt(result.txid)
-                log.info("restored db path=%s txid=%016x", self.path, result.txid)
-            except NoBackups:
-                log.info("nothing to restore path=%s", self.path)
-        self.is_missing_restore = False
-
-    def store(self, timeout_s: float, *, snapshot: bool = False, enforce_history: bool = False) -> None:
-        """Store what is committed now. What fails is in `error`, and logged."""
-        replicator = self.replicator
-        if replicator is None:
-            return
-        try:
-            replicator.wait(timeout_s=timeout_s)
-            if snapshot:
-                replicator.snapshot()
-            if enforce_history:
-                replicator.enforce_history()
-        except FAILURES as error:
-            self.error = error
-            log.error("replication failed db=%s error=%r", self.path, str(error))
-
-    def stop(self, timeout_s: float, *, retry_interval_s: float = 0.5) -> bool:
-        """Store what is committed, and stop; False when it was not running.
-
-        Raises:
-            WaitTimeout: not everything was stored in time, or another call did not end. It is stopped in the first case.
-            ReplicatorError, OSError: it ended with this error.
-        """
-        end = time.monotonic() + timeout_s
-        with self._alone(timeout_s):
-            was_wanted, self._wanted = self._wanted, False
-            begun = self._begun
-            try:
-                self._end(max(0.0, end - time.monotonic()), retry_interval_s=retry_interval_s)
-            except FAILURES as error:
-                self.error = error
-                log.error("not everything was stored db=%s error=%r", self.path, str(error))
-                raise
-            finally:
-                self.retry_at = 0.0
-                if begun:
-                    log.info(
-                        "replication stopped path=%s %s",
-                        self.path,
-                        f"position={self._position}" if self._position else f"txid={self._txid:016x}",
-                    )
-            return was_wanted
-
-    def _end(self, timeout_s: float, *, retry_interval_s: float = 0.5) -> None:
-        prepared, self._prepared = self._prepared, None if self._begun or not self._wanted else self._prepared
-        if prepared is None:
-            return
-        if not self._begun:
-            if not self._wanted:
-                for client in prepared.clients:
-                    client.close()
-            return
-        try:
-            prepared.replicator.close(timeout_s, retry_interval_s=retry_interval_s)
-        finally:
-            status = prepared.replicator.status()
-            self._txid, self._synced_at, self._begun = max(self._txid, status.txid), status.synced_at, False
-            self._position = status.position
-
-    @contextlib.contextmanager
-    def _alone(self, timeout_s: float | None) -> Iterator[None]:
-        if not self._busy.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0.0)):
-            raise WaitTimeout(f"{self.path} is being started or stopped")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-
-class Store:
-    """The members, and the thread that starts them. `start` once, `close` at the end."""
-
-    def __init__(self, members: Iterable[Member] = (), *, retry: bool = True, on_change: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             retry: False: each is tried once.
             on_change: called, by any thread, when a member was tried.
         """
-        self._members = {_key(member.path): member for member in members}
+        self._members: dict[str, Member] = {}
         self._retry = retry
         self._on_change = on_change
+        self._limits = limits
         self._changed = threading.Condition()
-        self._starting: set[Member] = set()
+        self._heap: list[tuple[float, int, Member]] = []
+        self._ready: dict[Member, None] = {}
+        self._order = itertools.count()
+        self._untried = 0
+        self._pool = Pool("pyrepl store", at_once=AT_ONCE)
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._opened: set[Member] = set()
+        self._opening = 0
+        self._trim_at = 0.0
+        self._sweeping: Iterator[Member] = iter(())
+        self._slice = 1
+        self._is_sweeping = False
+        for member in members:
+            self._take(member)
+
+    def _take(self, member: Member) -> bool:
+        key = member.key
+        if key in self._members:
+            return False
+        self._members[key] = member
+        member.limits, member.touched = self._limits, self._touched
+        self._untried += not member.was_tried
+        return True
 
     # -- asking ------------------------------------------------------------------------------------------------------------------
 
@@ -309,7 +95,7 @@ class Store:
     def get(self, path: Path) -> Member | None:
         """Return the member with a database, under whatever name."""
         with self._changed:
-            return self._members.get(_key(path))
+            return self._members.get(key_of(path))
 
     @property
     def is_over(self) -> bool:
@@ -326,41 +112,156 @@ class Store:
 
     def start(self) -> None:
         """Begin to start members, in the background."""
+        with self._changed:
+            for member in self._members.values():
+                self._schedule(member, 0.0)
         self._thread = threading.Thread(target=self._run, name="pyrepl store", daemon=True)
         self._thread.start()
 
     def wait_until_tried(self, timeout_s: float | None = None) -> bool:
         """Return once each member was tried; False when that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: all(member.was_tried for member in self._members.values()) or self._closing, timeout_s)
+            return self._changed.wait_for(lambda: not self._untried or self._closing, timeout_s)
+
+    def _schedule(self, member: Member, due: float) -> None:
+        member.due = due
+        if due < math.inf and self._members.get(member.key) is member:
+            heapq.heappush(self._heap, (due, next(self._order), member))
+            if self._heap[0][2] is member:
+                self._changed.notify_all()
+
+    def _touched(self, member: Member) -> None:
+        with self._changed:
+            if not member.working and member not in self._ready and member.due > time.monotonic():
+                self._schedule(member, 0.0)
+
+    def look_at(self, path: Path) -> None:
+        """Look at a member's database soon, because something happened to its files."""
+        with self._changed:
+            member = self._members.get(key_of(path))
+            if member is not None and member.state == "waiting" and not member.working and member.retry_at < math.inf:
+                member.retry_at = 0.0
+                self._schedule(member, 0.0)
 
     def _run(self) -> None:
+        next_sweep = time.monotonic() + SLICE_S
         with self._changed:
             while not self._closing:
                 now = time.monotonic()
-                waiting = [member for member in self._members.values() if member not in self._starting and self._is_to_start(member)]
-                for member in sorted(waiting, key=lambda member: member.retry_at):
-                    if member.retry_at <= now and len(self._starting) < AT_ONCE:
-                        self._starting.add(member)
-                        threading.Thread(target=self._start, args=(member,), name=f"pyrepl start {member.path.name}", daemon=True).start()
-                due = min((member.retry_at for member in waiting if member not in self._starting), default=math.inf)
-                full = len(self._starting) >= AT_ONCE  # the next one that is done wakes us
-                self._changed.wait(None if full or due == math.inf else max(0.0, due - time.monotonic()))
+                while self._heap and self._heap[0][0] <= now:
+                    due, _, member = heapq.heappop(self._heap)
+                    if due == member.due and not member.working and self._members.get(member.key) is member:
+                        self._ready[member] = None
+                room = self._pool.room()
+                while self._ready and room > 0:
+                    member = next(iter(self._ready))
+                    del self._ready[member]
+                    member.working = True
+                    self._pool.submit(lambda member=member: self._work(member))  # type: ignore[misc]
+                    room -= 1
+                if now >= next_sweep:
+                    next_sweep = now + SLICE_S
+                    if not self._is_sweeping and self._limits.park_after_s is not None:
+                        self._is_sweeping = True
+                        self._pool.submit(self._sweep)
+                due = min(next_sweep, self._heap[0][0] if self._heap else math.inf)
+                if self._ready:
+                    due = min(due, now + self._pool.recheck_s())
+                self._changed.wait(None if due == math.inf else max(0.0, due - time.monotonic()))
 
-    def _is_to_start(self, member: Member) -> bool:
-        return member.state == "waiting" and (self._retry or not member.was_tried)
+    def _work(self, member: Member) -> None:
+        was_tried, due = member.was_tried, math.inf
+        reserved = 0
 
-    def _start(self, member: Member) -> None:
+        def may_open() -> bool:
+            nonlocal reserved
+            found = self._reserve()
+            reserved += found
+            return found
+
         try:
-            member.start()
+            if member.is_parked or member.is_hot:
+                due = member.visit(must_leave=self._must_leave(member), may_open=may_open)
+            elif member.state == "waiting" and (self._retry or not member.was_tried):
+                if may_open():
+                    member.start()
+                    due = member.next_due() if self._retry or member.is_hot or member.is_parked else math.inf
+                else:
+                    due = time.monotonic() + BUSY_RETRY_S
         except Exception as error:
             log.error("cannot replicate, by a defect db=%s", member.path, exc_info=error)
             member.error, member.retry_at, member.was_tried = error, math.inf, True
         finally:
             with self._changed:
-                self._starting.discard(member)
+                member.working = False
+                self._opening -= reserved
+                if member.is_hot:
+                    self._opened.add(member)
+                self._schedule(member, 0.0 if member.is_parked and member.poked and due > time.monotonic() + BUSY_RETRY_S else due)
+                self._untried -= member.was_tried and not was_tried
                 self._changed.notify_all()
-        self._on_change()
+        if not member.is_parked:
+            self._on_change()
+
+    # -- the number of open databases ----------------------------------------------------------------------------------------------
+
+    def _open(self) -> list[Member]:
+        """Return those that are open; called with the lock held."""
+        self._opened = {member for member in self._opened if member.is_hot}
+        return list(self._opened)
+
+    def _reserve(self) -> bool:
+        """Take the place of one more open database. When there is none, one is asked to leave."""
+        with self._changed:
+            hot = self._open() if self._limits.hot < len(self._members) else []
+            if len(hot) + self._opening < self._limits.hot:
+                self._opening += 1
+                return True
+            leaving = min((member for member in hot if not member.working), key=lambda member: member.rank, default=None)
+            if leaving is not None:
+                self._schedule(leaving, 0.0)
+            return False
+
+    def _must_leave(self, member: Member) -> bool:
+        with self._changed:
+            if not member.is_hot or self._limits.hot >= len(self._members) or len(self._open()) < self._limits.hot:
+                return False
+            return any(other.wants_to_open for other in self._members.values())
+
+    # -- the safety net ----------------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Look at some of the parked databases from outside.
+
+        Those whose changes file events tell of are looked at once in `SWEEP_S`, in case an event is lost without a word; where there are no
+        events, at the pace that `POLLS_PER_S` allows.
+        """
+        try:
+            members = list(itertools.islice(self._sweeping, self._slice))
+            if not members:
+                self._begin_sweep()
+            for member in members:
+                if member.is_parked and not member.working and not member.is_quiet():
+                    member.poked = True
+                    self._touched(member)
+        finally:
+            self._is_sweeping = False
+
+    def _begin_sweep(self) -> None:
+        self._give_memory_back()
+        members = self.members()
+        polled = sum(member.is_parked and not member.is_watched for member in members)
+        period = max(POLL_S, polled / POLLS_PER_S) if polled else SWEEP_S
+        self._sweeping, self._slice = iter(members), max(1, math.ceil(len(members) * SLICE_S / period))
+
+    def _give_memory_back(self) -> None:
+        """Once in a while: after many were open, and after somebody asked for the metrics of all, much of it is free."""
+        now = time.monotonic()
+        if len(self._members) >= TRIM_FROM and now >= self._trim_at:
+            self._trim_at = now + TRIM_EVERY_S
+            memory.trim()
+
+    # -- changing what there is --------------------------------------------------------------------------------------------------
 
     def try_waiting(self, timeout_s: float) -> None:
         """Try those that wait for their next try now, within the time."""
@@ -375,17 +276,29 @@ class Store:
         with self._changed:
             if self._closing:
                 raise DatabaseStateError("the daemon is stopping")
-            if _key(member.path) in self._members:
+            if not self._take(member):
                 return False
-            self._members[_key(member.path)] = member
-            self._starting.add(member)
+            member.working = True
         try:
             member.start()
         finally:
             with self._changed:
-                self._starting.discard(member)
+                member.working = False
+                if member.is_hot:
+                    self._opened.add(member)
+                self._untried -= member.was_tried
+                self._schedule(member, member.next_due())
                 self._changed.notify_all()
         return True
+
+    def add_all(self, members: Iterable[Member]) -> list[Member]:
+        """Take members that are started in the background; returns those whose database was not there yet."""
+        with self._changed:
+            taken = [member for member in members if not self._closing and self._take(member)]
+            for member in taken:
+                self._schedule(member, 0.0)
+            self._changed.notify_all()
+        return taken
 
     def remove(self, path: Path, timeout_s: float) -> Member | None:
         """Stop the member with a database and forget it; None when there is none.
@@ -393,23 +306,31 @@ class Store:
         Raises:
             ReplicatorError, OSError: not everything was stored. It is forgotten all the same.
         """
-        with self._changed:
-            member = self._members.pop(_key(path), None)
+        member = self.forget(path)
         if member is not None:
             member.stop(timeout_s)
+        return member
+
+    def forget(self, path: Path) -> Member | None:
+        """Forget the member with a database; None when there is none. The caller stops it."""
+        with self._changed:
+            return self._pop(key_of(path))
+
+    def _pop(self, key: str) -> Member | None:
+        member = self._members.pop(key, None)
+        if member is not None:
+            self._untried -= not member.was_tried
+            self._ready.pop(member, None)
+            self._changed.notify_all()
         return member
 
     def exchange(self, gone: Sequence[Member], new: Sequence[Member], timeout_s: float) -> None:
         """Stop some members, then begin others. Errors are logged."""
         with self._changed:
             for member in gone:
-                self._members.pop(_key(member.path), None)
+                self._pop(member.key)
         stop_all(gone, timeout_s)
-        with self._changed:
-            if not self._closing:
-                for member in new:
-                    self._members.setdefault(_key(member.path), member)
-            self._changed.notify_all()
+        self.add_all(new)
 
     def close(self, timeout_s: float, *, retry_interval_s: float = 0.5) -> dict[Path, Exception]:
         """Store everything and stop, within the time and a few seconds; returns what went wrong, by database."""
@@ -440,14 +361,14 @@ def stop_all(members: Sequence[Member], timeout_s: float, *, retry_interval_s: f
 
 def at_once(function: Callable[[Member], None], members: Sequence[Member], *, timeout_s: float | None = None) -> set[Member]:
     """Call a function for each member, several at a time; returns those that were done within the time."""
-    queue, done, changed = list(members), set[Member](), threading.Condition()
+    queue, done, changed = deque(members), set[Member](), threading.Condition()
 
     def work() -> None:
         while True:
             with changed:
                 if not queue:
                     return
-                member = queue.pop(0)
+                member = queue.popleft()
             try:
                 function(member)
             except Exception as error:
@@ -461,7 +382,3 @@ def at_once(function: Callable[[Member], None], members: Sequence[Member], *, ti
     with changed:
         changed.wait_for(lambda: len(done) == len(members), timeout_s)
         return set(done)
-
-
-def _key(path: Path) -> str:
-    return os.path.realpath(path)

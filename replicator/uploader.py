@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -131,11 +132,23 @@ class KeeperThread:
     def __init__(self, keeper: Keeper, board: Board) -> None:
         self._keeper, self._board = keeper, board
         self._done_for: object = None
+        self._due: float | None = None
 
     @property
     def is_up_to_date(self) -> bool:
         """Whether nothing is due of what the replica holds. What failed is due later, and among the keeper's `problems`."""
         return self._done_for == self._keeper.progress
+
+    @property
+    def rests_until(self) -> float | None:
+        """Until when nothing is due, at least, in seconds since 1970; None while something is, or before that is known.
+
+        A file that has come since may make something due, but no sooner than what is due already; see `_sleep`.
+        """
+        done_for, due = self._done_for, self._due
+        if done_for is None or (due is None and done_for != self._keeper.progress):
+            return None
+        return math.inf if due is None else due
 
     def run(self) -> None:
         """Body of the thread."""
@@ -148,7 +161,7 @@ class KeeperThread:
                 seen, due = keeper.progress, keeper.due()
                 if due is None or due > time.time():
                     with board.changed:
-                        self._done_for = seen
+                        self._done_for, self._due = seen, due
                         board.changed.notify_all()
                 if self._sleep(seen, due):
                     self._done_for = None

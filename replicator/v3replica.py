@@ -41,7 +41,7 @@ from replicator.format.v3 import Position, SegmentInfo, SnapshotInfo, V3Info
 from replicator.outbox import OutFile
 from replicator.replica import Replica, same_bytes
 from replicator.storage.base import ReplicaClient
-from replicator.storage.probe import probe_conditional_writes
+from replicator.storage.probe import honours_conditions
 from replicator.storage.v3 import v3_client
 from replicator.v3chain import Stored, Tip, newest_generation, read_tip
 from replicator.v3outbox import V3File
@@ -104,7 +104,7 @@ class V3Replica(Replica):
         """
         if recorded is not None and recorded != lineage:
             raise LineageMismatch(self.url, expected=lineage.hex(), got=recorded.hex())
-        self.conditional = probe_conditional_writes(self.client).create
+        self.conditional = honours_conditions(self.client)
         if not self.conditional:
             log.warning("store ignores conditional writes replica=%s", self.url)
         self._owned = json.dumps({"lineage": lineage.hex(), "writer": f"{self.writer:016x}"}).encode() + b"\n"

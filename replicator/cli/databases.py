@@ -17,9 +17,12 @@ def databases(flags: dict[str, str], arguments: list[str]) -> int:
     if arguments:
         raise UsageError("too many arguments")
     log_to(sys.stderr, "warn")
+    from replicator.fleet import databases_in
+
     config = load_config(flags)
     log_warnings(config)
-    rows = [(os.fspath(item.path), ",".join(replica.kind for replica in item.replicas)) for item in config.databases]
+    found = [*config.databases, *(item for directory in config.directories for item in databases_in(directory))]
+    rows = [(os.fspath(item.path), ",".join(replica.kind for replica in item.replicas)) for item in found]
     if flags.get("json") == "true":
         print(json.dumps([{"path": path, "replica": replica} for path, replica in rows], indent=2))
     else:

@@ -43,7 +43,9 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     known = _known_to_daemon(config)
     losses = {path: item["loss_window"] for path, item in known.items() if "loss_window" in item}
     leases = {path: item["lease"] for path, item in known.items() if "lease" in item}
-    for item in config.databases:
+    from replicator.fleet import databases_in
+
+    for item in [*config.databases, *(item for directory in config.directories for item in databases_in(directory))]:
         if wanted in (None, item.path):
             state, txid = _state(item.path, _meta_path(config, item.path))
             wal = item.path.with_name(item.path.name + "-wal")
@@ -215,14 +217,15 @@ def config(flags: dict[str, str], arguments: list[str]) -> int:
         return 0
     from replicator.storage import open_replica
 
-    for database in found.databases:
+    for database in [*found.databases, *(item.template for item in found.directories)]:
         for replica in database.replicas:
             open_replica(replica).close()  # finds keys that are none; nothing is contacted
     for note in found.warnings:
         print(f"warning: line {note.line}, column {note.column}: {note.text}")
-    if not found.databases and not found.daemon.socket.enabled:
+    if found.is_empty and not found.daemon.socket.enabled:
         raise ConfigError("no databases specified in configuration", hint="list them under dbs, each with path and replica")
-    print(f"ok: {len(found.databases)} databases, {len(found.warnings)} warnings")
+    directories = f", {len(found.directories)} directories" if found.directories else ""
+    print(f"ok: {len(found.databases)} databases{directories}, {len(found.warnings)} warnings")
     return 0
 
 
@@ -234,7 +237,9 @@ def _shown(found: Config) -> dict[str, Any]:
             **_plain(found.daemon),
             "socket": {**_plain(found.daemon.socket), "permissions": f"{found.daemon.socket.permissions:04o}"},
         },
+        "pyrepl": _plain(found.fleet),
         "databases": [_plain(item) for item in found.databases],
+        **({"directories": [_plain(item) for item in found.directories]} if found.directories else {}),
     }
 
 

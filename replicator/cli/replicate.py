@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -15,7 +16,7 @@ from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from replicator.config import Config, DatabaseSettings
+    from replicator.config import Config
     from replicator.config import Daemon as Settings
     from replicator.daemon import Options
     from replicator.formats import Format
@@ -45,7 +46,7 @@ def replicate(flags: dict[str, str], arguments: list[str]) -> int:
     config = load_config(flags)
     _start_log(flags, config)
     log_warnings(config)
-    if not config.databases and not config.daemon.socket.enabled:
+    if config.is_empty and not config.daemon.socket.enabled:
         raise ConfigError("no databases specified in configuration", hint="list them under dbs, each with path and replica")
     return _run(flags, config, [])
 
@@ -81,15 +82,21 @@ def _run_with(
     leases: Leases,
 ) -> int:
     from replicator import daemon
+    from replicator.config import Fleet
     from replicator.storage.measured import Operations
 
     wakeups, operations = daemon.Wakeups(), Operations()
 
-    def make(item: DatabaseSettings) -> Member:
-        return daemon.member_for(item, options, operations, leases, wakeups.wake)
-
+    fleet = config.fleet if config is not None else Fleet(park_after_s=0)
+    common = daemon.shared(fleet, operations, leases, parks=config is not None and not options.once)
+    make = partial(daemon.member_for, options=options, shared=common, on_failure=wakeups.wake)
     if config is not None:
-        members = [make(item) for item in config.databases]
+        databases = list(config.databases)
+        if options.once:
+            from replicator.fleet import databases_in
+
+            databases += [item for directory in config.directories for item in databases_in(directory)]
+        members = [make(item) for item in databases]
     else:
         members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups.wake)]
     if options.once:
@@ -111,6 +118,8 @@ def _run_with(
         retry=not arguments or bool(settings.command) or options.takeover,
         load=load if config is not None else None,
         make=make,
+        directories=config.directories if config is not None else (),
+        limits=common.limits,
         shutdown_timeout_s=timeout_s,
     )
     code = running.run()

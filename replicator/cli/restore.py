@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from replicator.cli.configured import CONFIG_FLAGS, CONFIG_OPTIONS, CONFIG_SWITCHES, find_source
 from replicator.cli.output import Bar, log_to, table, time_text
 from replicator.cli.parse import Command, UsageError, duration_flag
+from replicator.cli.restoretree import configured_directory, restore_tree
 from replicator.errors import NoBackups
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ __all__ = ["COMMAND"]
 def restore(flags: dict[str, str], arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise UsageError("give one replica URL, or the path of a database in the configuration")
+    directories = configured_directory(flags, arguments[0])
+    if directories or flags.get("recursive") == "true":
+        return restore_tree(flags, arguments[0], directories)
     log_to(sys.stderr if flags.get("json") == "true" else sys.stdout, flags.get("log-level", "info"))
     source = find_source(flags, arguments[0])
     output = flags.get("o") or (os.fspath(source.database) if source.database else None)
@@ -227,12 +231,13 @@ def _show_plan(client: ReplicaClient, plan: Sequence[FileInfo] | V3Plan, output:
 
 
 COMMAND = Command(
-    "pyrepl restore [-o PATH] [-txid HEX | -timestamp TIME | [-generation NAME] [-index HEX]] [-f [-follow-interval D]] [-force] [-dry-run] [-json] [-if-db-not-exists] "
-    f"[-if-replica-exists] [-integrity-check none|quick|full] [-parallelism N] {CONFIG_FLAGS} DB|URL",
+    "pyrepl restore [-o PATH] [-txid HEX | -timestamp TIME | [-generation NAME] [-index HEX]] [-f [-follow-interval D]] [-force] [-dry-run] [-json] [-recursive] [-if-db-not-exists] "
+    f"[-if-replica-exists] [-integrity-check none|quick|full] [-parallelism N] {CONFIG_FLAGS} DB|DIR|URL",
     "Restore a database from a replica.\n\n"
     "Replicas of Litestream 0.3 are restored, too; -generation (also with -timestamp) and -index choose among their data.\n"
+    "A directory of the configuration (dir), or with -recursive everything below a URL: all databases are restored, below -o.\n"
     "-f: go on and keep the output up to date as a read-only copy, until stopped; continues a copy that has its -txid file beside it.",
-    ("f", "force", "dry-run", "json", "if-db-not-exists", "if-replica-exists", *CONFIG_SWITCHES),
+    ("f", "force", "recursive", "dry-run", "json", "if-db-not-exists", "if-replica-exists", *CONFIG_SWITCHES),
     ("o", "txid", "timestamp", "generation", "index", "follow-interval", "integrity-check", "parallelism", "log-level", *CONFIG_OPTIONS),
     restore,
 )

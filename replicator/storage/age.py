@@ -107,6 +107,11 @@ class AgeClient:
         return self._inner.kind
 
     @property
+    def inner(self) -> ReplicaClient:
+        """The client of the store itself."""
+        return self._inner
+
+    @property
     def url(self) -> str:
         """The inner URL, marked: what is known about a plain replica at the same path must not be taken for this one."""
         return f"age+{self._inner.url}"

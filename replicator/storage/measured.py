@@ -16,7 +16,7 @@ from replicator.errors import ObjectNotFound, PreconditionFailed
 from replicator.format.ltx import TXID, FileInfo
 from replicator.storage.base import FROM_START, Body, Comparing, ControlObject, ObjectStore, ReadStream, ReplicaClient, StoredObject
 
-__all__ = ["BUCKETS_S", "Measured", "Operations", "measured"]
+__all__ = ["BUCKETS_S", "Measured", "MeasuredComparing", "Operations", "measured"]
 
 BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histogram of durations, as the peer has them."""
@@ -64,7 +64,7 @@ class Operations:
 
 def measured(client: ReplicaClient, operations: Operations) -> ReplicaClient:
     """Return a client that does the same, and counts."""
-    return _MeasuredComparing(client, operations) if isinstance(client, Comparing) else Measured(client, operations)
+    return MeasuredComparing(client, operations) if isinstance(client, Comparing) else Measured(client, operations)
 
 
 class Measured:
@@ -175,7 +175,9 @@ class Measured:
         return _Timed(self._operations, self, kind, size_bytes)
 
 
-class _MeasuredComparing(Measured):
+class MeasuredComparing(Measured):
+    """The same, of a client that compares files itself."""
+
     def holds(self, info: FileInfo, body: Body) -> bool:
         assert isinstance(self._inner, Comparing)
         with self._timed("GET", info.size):

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
+import threading
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from replicator.errors import AccessDenied, ConditionUnsupported, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.storage.base import ReplicaClient
 
-__all__ = ["Conditions", "probe_conditional_writes"]
+__all__ = ["Conditions", "honours_conditions", "probe_conditional_writes"]
 
 # Turns an etag into another one of the same shape: a store may refuse what does not look like one of its own.
 _OTHER_DIGITS = str.maketrans("0123456789abcdefABCDEF", "1032547698badcfeBADCFE")
+
+_honouring: set[tuple[str, ...]] = set()
+_guard = threading.Lock()
+
+
+def honours_conditions(client: ReplicaClient) -> bool:
+    """Say whether the store refuses a second create. A bucket, or a file system, that was found to do so is asked once in the life of a process.
+
+    Raises:
+        StorageError: the store cannot be written at all, or does not answer.
+    """
+    store = _store_of(client)
+    with _guard:
+        if store in _honouring:
+            return True
+    found = probe_conditional_writes(client).create
+    if found and store is not None:
+        with _guard:
+            _honouring.add(store)
+    return found
+
+
+def _store_of(client: ReplicaClient) -> tuple[str, ...] | None:
+    """Name what all replicas in it share: endpoint and bucket, or the file system. None where that cannot be told."""
+    url = urlsplit(client.url.removeprefix("age+"))
+    if url.scheme == "s3":
+        return ("s3", url.netloc, url.query)
+    if url.scheme != "file":
+        return None
+    folder = Path(url.path)
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            return ("file", str(os.stat(place).st_dev))
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -299,7 +300,7 @@ class S3Client:
         with self._api_lock:
             api, self._api = self._api, None
         if api is not None:
-            api.close()
+            _give_back(self.settings, self._max_attempts)
 
     # -- requests ----------------------------------------------------------------------------------------------------------------
 
@@ -308,7 +309,7 @@ class S3Client:
         """The boto3 client. Made late: looking for credentials may already use the network."""
         with self._api_lock:
             if self._api is None:
-                self._api = _make_api(self.settings, max_attempts=self._max_attempts)
+                self._api = _take_api(self.settings, self._max_attempts)
             return self._api
 
     def _level_prefix(self, level: int) -> str:
@@ -340,6 +341,15 @@ class S3Client:
     def _list_objects(self, prefix: str, *, start_after: str) -> Iterator[Mapping[str, Any]]:
         for page in self._list_pages(prefix, **({"StartAfter": start_after} if start_after else {})):
             yield from page.get("Contents", ())
+
+    def keys_below(self) -> Iterator[str]:
+        """Yield all keys below the replica's path, relative to it."""
+        prefix = "" if self.settings.path in ("", ".") else f"{self.settings.path}/"
+        for page in self._list_pages(prefix):
+            for entry in page.get("Contents", ()):
+                key = str(entry["Key"])
+                if key.startswith(prefix):
+                    yield key[len(prefix) :]
 
     def _list_pages(self, prefix: str, **more: str) -> Iterator[Mapping[str, Any]]:
         arguments: dict[str, Any] = {"Bucket": self.settings.bucket, "Prefix": prefix, "MaxKeys": self._page_size, **more}
@@ -511,6 +521,30 @@ class _S3Stream:
 
 class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
+
+
+_apis: dict[tuple[S3Settings, int], tuple[Any, int]] = {}
+_apis_lock = threading.Lock()
+
+
+def _take_api(settings: S3Settings, max_attempts: int) -> Any:
+    """Return the boto3 client that all replicas in a bucket share: making one takes 20 ms, and half a megabyte. Give it back."""
+    key = replace(settings, path="."), max_attempts
+    with _apis_lock:
+        api, users = _apis.get(key) or (_make_api(settings, max_attempts=max_attempts), 0)
+        _apis[key] = api, users + 1
+        return api
+
+
+def _give_back(settings: S3Settings, max_attempts: int) -> None:
+    """The last one who gives it back closes it, and with it what hangs."""
+    key = replace(settings, path="."), max_attempts
+    with _apis_lock:
+        api, users = _apis.pop(key)
+        if users > 1:
+            _apis[key] = api, users - 1
+            return
+    api.close()
 
 
 def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:

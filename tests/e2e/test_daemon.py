@@ -28,7 +28,16 @@ class Running:
     """`pyrepl replicate`, and its log lines."""
 
     def __init__(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "replicator", "replicate", *map(str, arguments)]
+        self._start([sys.executable, "-m", "replicator", "replicate", *map(str, arguments)])
+
+    @classmethod
+    def of(cls, command: list[str]) -> Running:
+        """Run another command, which comes to the same."""
+        found = cls.__new__(cls)
+        found._start(command)
+        return found
+
+    def _start(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

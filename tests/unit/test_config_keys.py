@@ -57,7 +57,15 @@ LITESTREAM = {
     "WebDAV": "webdav-url webdav-username webdav-password",
     "NATS": "bucket jwt seed creds nkey username password token tls root-cas client-cert client-key max-reconnects reconnect-wait timeout",
 }
-OWN = {"Top level": {"x-*", "lease"}, "Databases": {"verify-interval", "format", "sync", "lease"}, "Replicas": {"format"}}
+OWN = {
+    "Top level": {
+        "x-*",
+        "lease",
+        *(f"pyrepl.{key}" for key in ("park-after", "park-max-size", "max-hot", "max-recent", "max-uploads-per-second")),
+    },
+    "Databases": {"verify-interval", "format", "sync", "lease"},
+    "Replicas": {"format"},
+}
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def text() -> str:
     for family in (metrics.DRILL_OK, metrics.DRILL_TIME, metrics.DRILL_SECONDS):
         family.labels("/srv/a.db", "file:///r").set(1)
     metrics.DRILLS.labels("/srv/a.db", "file:///r", "ok").inc()
-    return metrics.renderer(Store([member]), operations)().decode()
+    directories = [(Path("/srv/d"), 5, 2, {"not a database": 3})]
+    return metrics.renderer(Store([member]), operations, lambda: directories)().decode()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,8 @@ def test_values_are_those_of_the_status(text: str) -> None:
     for line in (
         f"litestream_compaction_verify_error_count{{{db}}} 10.0",  # of both replicas
         f"litestream_sync_error_count{{{db}}} 1.0",
+        'pyrepl_directory_databases{dir="/srv/d"} 5.0',
+        'pyrepl_directory_skipped{dir="/srv/d",reason="not a database"} 3.0',
         f"litestream_wal_size{{{db}}} 8192.0",
         f'litestream_checkpoint_error_count{{{db},mode="PASSIVE"}} 1.0',
         'litestream_l0_retention_files_total{db="a.db",status="too_recent"} 3.0',

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from replicator.format.ltx import TXID
-from replicator.pagetable import ENTRIES_AT, ENTRY_SIZE, GROWTH, PageTable
+from replicator.pagetable import ENTRIES_AT, ENTRY_SIZE, MAX_GROWTH, PageTable
 from replicator.tail import NO_WAL
 
 LINEAGE = bytes(range(16))
@@ -32,7 +32,7 @@ def test_the_file_has_no_holes_so_that_a_full_disk_cannot_kill_the_process(tmp_p
     table = PageTable.create(tmp_path / "pages", lineage=LINEAGE, page_size=512)
     before = os.stat(tmp_path / "pages")
     assert before.st_blocks * 512 >= before.st_size
-    pages = GROWTH // ENTRY_SIZE + 1
+    pages = MAX_GROWTH // ENTRY_SIZE + 1
     apply(table, 1, numbers(pages), sums(7), pages)
     after = os.stat(tmp_path / "pages")
     assert after.st_blocks * 512 >= after.st_size > before.st_size
@@ -45,7 +45,7 @@ def test_a_disk_that_is_full_when_the_table_grows_leaves_it_as_it_was(tmp_path: 
 
     table = PageTable.create(tmp_path / "pages", lineage=LINEAGE, page_size=512)
     apply(table, 1, numbers(1, 2), sums(5, 6), 2)
-    pages = GROWTH // ENTRY_SIZE + 1
+    pages = MAX_GROWTH // ENTRY_SIZE + 1
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match="No space"):

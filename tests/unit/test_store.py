@@ -22,9 +22,11 @@ class Fake:
         self.path, self.failures = path, list(failures)
         self.state = "stopped"
         self.hangs: threading.Event | None = None
+        self.started = threading.Event()
         self.close_error: ReplicatorError | None = None
 
     def start(self) -> None:
+        self.started.set()
         if self.hangs is not None:
             self.hangs.wait(20)
         if self.failures:
@@ -80,7 +82,7 @@ def test_one_that_hangs_or_fails_holds_up_nobody() -> None:
 
 
 def test_what_fails_for_now_is_tried_again_and_what_fails_for_good_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replicator.store.RETRY_S", 0.01)
+    monkeypatch.setattr("replicator.member.RETRY_S", 0.01)
     later, _ = member("later", StorageUnavailable("away"), StorageUnavailable("away"))
     never, made = member("never", mismatch())
     store = Store([later, never])
@@ -144,6 +146,7 @@ def test_stopping_is_bounded_when_a_start_hangs(monkeypatch: pytest.MonkeyPatch)
     stuck.hangs = threading.Event()
     store = Store([hanging])
     store.start()
+    assert stuck.started.wait(10)
     began = time.monotonic()
     errors = store.close(0.1)
     assert time.monotonic() - began < 5
