@@ -59,6 +59,7 @@ LINEAGE_SIZE = 16
 MAX_REMEMBERED = 1000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ROW = struct.Struct("<BQQQq")
+_PROOF = struct.Struct("<dd")
 
 log = logging.getLogger(__name__)
 
@@ -243,13 +244,16 @@ class Replica:
     def remember(self) -> bytes | None:
         """Return what is known to be stored, for `recall`; None when it was never listed, or is too much to be kept."""
         files = [info for infos in self.listing().values() for info in infos]
-        if not self.listed or len(files) > MAX_REMEMBERED:
+        proof = self._alone_since
+        if not self.listed or proof is None or len(files) > MAX_REMEMBERED:
             return None
         rows = [_ROW.pack(item.level, item.min_txid, item.max_txid, item.size, _microseconds(item.created_at)) for item in files]
-        return b"".join([self._lineage, *rows])
+        return b"".join([self._lineage, _PROOF.pack(proof.steady, proof.wall), *rows])
 
     def recall(self, remembered: bytes) -> None:
-        """Let `open` take what `remember` returned for the store's answer: nobody else appends here, or else the next append finds out."""
+        """Let `open` take what `remember` returned for the store's answer: nobody else appends here, or else the next append finds out, or, when
+        it was remembered for too long, the listing before that (see `_reread_s`).
+        """
         self._recalled = remembered
 
     def _take_recalled(self) -> bytes | None:
@@ -257,7 +261,8 @@ class Replica:
         if remembered is None:
             return None
         files: dict[int, list[FileInfo]] = {}
-        for level, low, high, size, created in _ROW.iter_unpack(remembered[LINEAGE_SIZE:]):
+        self._alone_since = Moment(*_PROOF.unpack_from(remembered, LINEAGE_SIZE))
+        for level, low, high, size, created in _ROW.iter_unpack(remembered[LINEAGE_SIZE + _PROOF.size :]):
             files.setdefault(level, []).append(FileInfo(level, TXID(low), TXID(high), size, EPOCH + timedelta(microseconds=created)))
         with self._guard:
             self._files = files

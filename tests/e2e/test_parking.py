@@ -141,7 +141,12 @@ def test_a_commit_after_the_last_look_and_before_the_files_are_looked_at_is_foun
         application.close()
 
 
-def test_waking_needs_no_listing_and_one_upload(database: Path) -> None:
+@pytest.mark.parametrize(("reread_s", "requests"), [(150.0, ["PUT"]), (0.0, ["LIST", "PUT", "LIST"])])
+def test_waking_needs_no_listing_and_one_upload(
+    database: Path, monkeypatch: pytest.MonkeyPatch, reread_s: float, requests: list[str]
+) -> None:
+    """After a sleep of more than half of the time for which raw files are kept, another writer's may have come and gone: then it looks."""
+    monkeypatch.setattr("replicator.replica.REREAD_S", reread_s)
     client = MemoryClient()
     counts: list[str] = []
     listing, putting = client.list, client.put
@@ -155,7 +160,7 @@ def test_waking_needs_no_listing_and_one_upload(database: Path) -> None:
         insert(connection, 1)
         connection.close()
         until(lambda: found.txid == 2 and found.state == "parked")
-    assert counts == ["PUT"]
+    assert counts == requests
     assert restored(client, database.parent).read_bytes() == checkpointed_bytes(database, database.parent)
 
 
