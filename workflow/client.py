@@ -11,10 +11,11 @@ import functools
 import getpass
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from workflow import intake, journal
 from workflow.context import Flow, check_event, flows
@@ -26,6 +27,7 @@ from workflow.values import decode, digest, encode, iso, loads
 
 __all__ = ["Client", "Desk", "Run", "ending_of"]
 
+T = TypeVar("T")
 POLL_S = 0.05
 
 
@@ -204,7 +206,9 @@ class Client:
         """Return the handle of a run."""
         return Run(self, check_id(id, longest=200))
 
-    async def start(self, flow: Callable[..., Any] | str, *args: Any, id: str | None = None, priority: int | None = None, **kwargs: Any) -> Run:
+    async def start(
+        self, flow: Callable[..., Any] | str, *args: Any, id: str | None = None, priority: int | None = None, **kwargs: Any
+    ) -> Run:
         """Ask for a run; durable on return. The same id with the same input is the same run.
 
         Args:
@@ -262,7 +266,7 @@ class Client:
     def _path(self, id: str) -> Path:
         return self.folder / f"{check_id(id, longest=200)}.db"
 
-    async def _read(self, read: Callable[[Any], Any]) -> Any:
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         return await asyncio.to_thread(intake.sql_read, self._intake, read)
 
 

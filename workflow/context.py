@@ -20,7 +20,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from workflow.errors import NotJSON
 from workflow.state import Durability, Kind, Retry, check_id, check_name, step_key
-from workflow.values import Artifact, ObjectReader, Signature, decode, digest, encode
+from workflow.values import ObjectReader, Signature, decode, digest, encode
 
 __all__ = [
     "Attempt",
@@ -373,7 +373,7 @@ def flow(
     """
 
     def make(function: Callable[..., Any]) -> Flow[..., Any]:
-        made = Flow(
+        made: Flow[..., Any] = Flow(
             function, name=name, concurrency=concurrency, rate=rate, priority=priority, durability=durability, grace=grace
         )
         flows[made.name] = made
@@ -503,8 +503,6 @@ def _runner() -> Runner:
 
 
 state = _State()
-
-
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Everything that must survive goes through the intake's group commit before it ha
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import fcntl
 import functools
 import heapq
@@ -22,12 +23,12 @@ import socket
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from workflow import intake as ik
 from workflow import journal as jr
@@ -41,11 +42,12 @@ from workflow.lanes import Lane, Lanes
 from workflow.objects import LocalObjects, Objects, Reader
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
 from workflow.values import digest, encode, iso, loads
-from workflow.worker import Ending, Execution, FlowTask, Services
+from workflow.worker import Ending, Execution, Services
 
 __all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LANES = 8
 BROKEN_RETRY_S = (1.0, 60.0)
@@ -86,9 +88,9 @@ class _Quarantine(Exception):
 class Engine:
     """Run the flows of a folder: each run in a file of its own, all that were interrupted resumed. An async context manager.
 
-        async with Engine("agents/") as engine:
-            run = await engine.start(research, "otters", id="otters-1")
-            print(await run.result())
+    async with Engine("agents/") as engine:
+        run = await engine.start(research, "otters", id="otters-1")
+        print(await run.result())
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class Engine:
         self._lock = _take_lock(host / "lock", self.folder)
         try:
             self._loop = asyncio.get_running_loop()
+            self._context = contextvars.copy_context()
             self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
             self._template = jr.template()
             self._lanes = Lanes(LANES)
@@ -279,8 +282,12 @@ class Engine:
             for request in await self._intake.do(ik.fresh_requests):
                 await self._dispatch(request)
 
-    def _help(self, work: Awaitable[Any]) -> None:
-        task = asyncio.ensure_future(work)
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Make a task of the engine's own: callers may be in the middle of a flow, whose tasks are numbered and end with it."""
+        return self._context.copy().run(self._loop.create_task, work)
+
+    def _help(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._task(work)
         self._helpers.add(task)
         task.add_done_callback(self._helped)
 
@@ -332,7 +339,17 @@ class Engine:
             self._reserved += 1
         self._arrival += 1
         run = Indexed(
-            id, flow.name, "running" if runs_now else "queued", None, priority, self._arrival, digest(text), parent[0] if parent else None, None, now, None
+            id,
+            flow.name,
+            "running" if runs_now else "queued",
+            None,
+            priority,
+            self._arrival,
+            digest(text),
+            parent[0] if parent else None,
+            None,
+            now,
+            None,
         )
         body = {"flow": flow.name, "input": text, "priority": priority, "durability": durability, "parent": parent}
         request = Request(f"start:{id}", id, "start", encode(body, "start")[0], self.sender, now)
@@ -642,7 +659,7 @@ class Engine:
 
     def _activate(self, id: str, flow: str, start: Request | None) -> None:
         active = self._active[id] = _Active(flow)
-        active.task = self._loop.create_task(self._live(id, active, start))
+        active.task = self._task(self._live(id, active, start))
 
     async def _live(self, id: str, active: _Active, start: Request | None) -> None:
         """Open a run, let it run, close it, and say what became of it."""
@@ -835,7 +852,17 @@ class Engine:
                 Path(f"{temporary}{suffix}").unlink(missing_ok=True)
         self._arrival += 1
         run = Indexed(
-            new, instance.flow, "running", None, instance.priority, self._arrival, instance.input_sha256, None, None, instance.created_at, None
+            new,
+            instance.flow,
+            "running",
+            None,
+            instance.priority,
+            self._arrival,
+            instance.input_sha256,
+            None,
+            None,
+            instance.created_at,
+            None,
         )
 
         def add(db: sqlite3.Connection) -> None:

@@ -102,9 +102,8 @@ _STEP = (
     "seq", "key", "name", "kind", "status", "number", "after", "durability", "repeat", "input", "input_sha256", "output", "output_sha256",
     "error", "attempts", "wake_at", "started_at", "finished_at",
 )  # fmt: skip
-_PUT_STEP = (
-    f"INSERT INTO wf_steps({', '.join(_STEP)}) VALUES({', '.join('?' * len(_STEP))}) ON CONFLICT(seq) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _STEP if name not in ("seq", "key", "name", "kind", "input", "input_sha256", "after"))
+_PUT_STEP = f"INSERT INTO wf_steps({', '.join(_STEP)}) VALUES({', '.join('?' * len(_STEP))}) ON CONFLICT(seq) DO UPDATE SET " + ", ".join(
+    f"{name} = excluded.{name}" for name in _STEP if name not in ("seq", "key", "name", "kind", "input", "input_sha256", "after")
 )
 
 
@@ -428,7 +427,9 @@ def _load(db: sqlite3.Connection, path: Path) -> Loaded:
             instance = [Instance(*row) for row in db.execute(f"SELECT {', '.join(_INSTANCE)} FROM wf_instance")]
             if len(instance) != 1:
                 raise Unreadable(str(path), "it has no row in wf_instance")
-            records = [Record(**dict(zip(_STEP, row, strict=True))) for row in db.execute(f"SELECT {', '.join(_STEP)} FROM wf_steps ORDER BY seq")]
+            records = [
+                Record(**dict(zip(_STEP, row, strict=True))) for row in db.execute(f"SELECT {', '.join(_STEP)} FROM wf_steps ORDER BY seq")
+            ]
             for record in records:
                 record.repeat = bool(record.repeat)
             events = [
@@ -485,7 +486,10 @@ def reopen(path: Path, flow: str) -> None:
     connection = _open(path, readonly=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("UPDATE wf_instance SET status = 'waiting', output = NULL, output_sha256 = NULL, error = NULL, finished_at = NULL, flow = ?", (flow,))
+        connection.execute(
+            "UPDATE wf_instance SET status = 'waiting', output = NULL, output_sha256 = NULL, error = NULL, finished_at = NULL, flow = ?",
+            (flow,),
+        )
     finally:
         connection.close()
 

@@ -23,7 +23,9 @@ Work = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 class Lane:
     """One thread and its queue."""
 
-    def __init__(self, answer: Callable[[asyncio.Future[Any], Any, BaseException | None], None], loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(
+        self, answer: Callable[[asyncio.Future[Any], Any, BaseException | None], None], loop: asyncio.AbstractEventLoop, name: str
+    ) -> None:
         self._answer = answer
         self._loop = loop
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()

@@ -202,4 +202,3 @@ def ulid(now_ms: int, noise: int | None = None) -> str:
     """Return a ULID: 26 characters that sort by time. Source: github.com/ulid/spec."""
     value = now_ms << 80 | (secrets.randbits(80) if noise is None else noise)
     return "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
-

@@ -38,7 +38,7 @@ Scenario = Callable[[Engine], Awaitable[Any]]
 class VirtualClock(Clock):
     """A clock that stands still until `advance`. The wall clock and the monotonic one move together."""
 
-    def __init__(self, now: datetime = datetime(2030, 1, 1, tzinfo=UTC)) -> None:  # noqa: B008  frozen
+    def __init__(self, now: datetime = datetime(2030, 1, 1, tzinfo=UTC)) -> None:
         self._start = now
         self._passed_s = 0.0
 
@@ -144,7 +144,8 @@ async def _once(folder: Path, scenario: Scenario, at: int | None, settings: dict
     """Run a scenario, and crash at a commit; returns (whether it came to its end, its answer, commits)."""
     faults = _Faults(at)
     clock = VirtualClock()
-    engine = Engine(folder, **{"clock": clock, "synchronous": "OFF", "park_after_s": 0.0, "random": Random(1)} | settings, faults=faults)
+    chosen: dict[str, Any] = {"clock": clock, "synchronous": "OFF", "park_after_s": 0.0, "random": Random(1)} | settings
+    engine = Engine(folder, **chosen, faults=faults)
 
     async def all_of_it() -> Any:
         await engine.__aenter__()

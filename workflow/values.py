@@ -18,6 +18,7 @@ import re
 import types
 import typing
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
@@ -212,7 +213,7 @@ def _converter(kind: Any) -> Callable[[Any], Any] | None:
         return _one_of(arguments)
     if origin in (typing.Union, types.UnionType):
         return _union([_converter(item) for item in arguments])
-    if origin in (list, set, frozenset, Sequence, Iterable) or origin is tuple and arguments[-1:] == (Ellipsis,):
+    if origin in (list, set, frozenset, Sequence, Iterable) or (origin is tuple and arguments[-1:] == (Ellipsis,)):
         return _many(list if origin in (Sequence, Iterable) else origin, _converter(arguments[0]))
     if origin is tuple:
         return _tuple([_converter(item) for item in arguments])
@@ -361,7 +362,7 @@ class Signature:
     def decode(self, text: str, reader: ObjectReader | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments as the function takes them. Raises `NotJSON`."""
         data = json.loads(text)
-        bound = inspect.BoundArguments(self._signature, {})  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._signature, OrderedDict())
         for name, parameter in self._signature.parameters.items():
             if name not in data:
                 continue

@@ -22,7 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from sqlite3 import Connection
@@ -46,7 +46,7 @@ from workflow.journal import Event, Journal, Loaded, Write
 from workflow.lanes import Lane
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
 from workflow.state import Record, StepStatus, after_failure, child_id, idempotency_key, remaining_wait_s, replay
-from workflow.values import Artifact, decode, digest, encode, iso, loads
+from workflow.values import Artifact, ObjectReader, decode, digest, encode, iso, loads
 
 __all__ = ["Ending", "Execution", "Outside", "Services"]
 
@@ -161,7 +161,9 @@ class _Timeout(Exception):
 class Execution:
     """A run in memory."""
 
-    def __init__(self, flow: Flow[..., Any], loaded: Loaded, journal: Journal, lane: Lane, services: Services, large: dict[str, str]) -> None:
+    def __init__(
+        self, flow: Flow[..., Any], loaded: Loaded, journal: Journal, lane: Lane, services: Services, large: dict[str, str]
+    ) -> None:
         """Prepare; `run` goes.
 
         Args:
@@ -170,7 +172,7 @@ class Execution:
         self.flow = flow
         self.instance = loaded.instance
         self.id = loaded.instance.id
-        self.reader = services.reader
+        self.reader: ObjectReader = services.reader
         self.idle_count = 0
         self.is_idle = False
         self._journal = journal
@@ -236,11 +238,9 @@ class Execution:
         if self._grace is not None:
             self._grace.cancel()
         ending = await self._ending(self._root)
-        try:
-            await self._lane.submit(lambda: None)
-        finally:
-            self._root = None
-        return ending
+        await self._lane.submit(lambda: None)  # what was asked for meanwhile is recorded now
+        self._root = None
+        return replace(ending, was_touched=self._was_touched)
 
     async def _body(self) -> Any:
         args, kwargs = self.flow.signature.decode(self.instance.input, self.reader)
@@ -266,8 +266,10 @@ class Execution:
                     waits = [record for record in self._records.values() if record.status in ("waiting", "retrying") and record.wake_at]
                     wake_at = min((record.wake_at or "" for record in waits), default=None)
                     due = min((entry_due for entry_due in self._dues if entry_due is not None), default=None)
-                    kind: Literal["parked", "paused", "stopped"] = {"park": "parked", "pause": "paused"}.get(self._unwinding, "stopped")  # type: ignore[assignment]
-                    return Ending(kind, "paused" if paused else "waiting", wake_due=due, wake_at=wake_at, was_touched=self._was_touched)
+                    kind: Literal["parked", "paused", "stopped"] = (
+                        "paused" if paused else "parked" if self._unwinding == "park" else "stopped"
+                    )
+                    return Ending(kind, "paused" if paused else "waiting", wake_due=due, wake_at=wake_at)
             if self._unwinding == "cancel" or root.cancelled() or _holds(failure, Cancelled):
                 error = _error_text("Cancelled", "the run was cancelled", 0)
                 await self._commit([jr.put_end("cancelled", None, None, error, now)])
@@ -276,12 +278,17 @@ class Execution:
                 try:
                     text, artifacts = encode(root.result(), f"result of flow {self.flow.name}", self.id)
                     output, sha256, writes = await self._keep(text, artifacts, 0)
-                except (NotJSON, MissingObject, OSError) as error_found:
-                    failure = error_found
+                except (NotJSON, MissingObject, OSError) as unfit:
+                    failure = unfit
                 else:
                     await self._commit([*writes, jr.put_end("done", output, sha256, None, now)])
                     return Ending("ended", "done", output=text)
-            log.info("run failed id=%s error=%r", self.id, str(failure), exc_info=failure if not isinstance(failure, (Fatal, StepFailed)) else None)
+            log.info(
+                "run failed id=%s error=%r",
+                self.id,
+                str(failure),
+                exc_info=failure if not isinstance(failure, (Fatal, StepFailed)) else None,
+            )
             error = _failure_text(failure)
             await self._commit([jr.put_end("failed", None, None, error, now)])
             return Ending("ended", "failed", error=error)
@@ -356,7 +363,8 @@ class Execution:
         return task
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)  # type: ignore[arg-type]
+        assert isinstance(task, FlowTask)
+        self._tasks.discard(task)
         if task is not self._root and not task.cancelled() and isinstance(task.exception(), (Parked, Cancelled)):
             pass  # asking for the exception keeps asyncio from logging it
         self._schedule()
@@ -392,7 +400,9 @@ class Execution:
         writes = [jr.put_control(id, kind, sender, sent_at, now)]
         if kind == "cancel" and "cancel#1" not in self._records:
             self._seq += 1
-            record = Record("cancel#1", self._seq, "cancel", "cancel", "done", input_sha256="", output="null", started_at=now, finished_at=now)
+            record = Record(
+                "cancel#1", self._seq, "cancel", "cancel", "done", input_sha256="", output="null", started_at=now, finished_at=now
+            )
             slot = self._reserve(record)
             self._records[record.key] = record
             await self._commit([*writes, jr.put_step(record)], check=False)
@@ -487,11 +497,11 @@ class Execution:
 
     def _rest(self) -> None:
         """Notice when all that is left is waiting."""
-        if self._entries and not self._running and not self._committing and all(entry.waits for entry in self._entries.values()):
-            if not self.is_idle:
-                self.is_idle = True
-                self.idle_count += 1
-                self._services.on_idle(self)
+        only_waits = self._entries and not self._running and not self._committing and all(entry.waits for entry in self._entries.values())
+        if only_waits and not self.is_idle:
+            self.is_idle = True
+            self.idle_count += 1
+            self._services.on_idle(self)
 
     def _wake(self, entry: _Entry, why: str) -> None:
         self.is_idle = False
@@ -552,12 +562,26 @@ class Execution:
         if record is not None:
             return True
         prefix = f"{scope.path}/" if scope.path else ""
-        if any(other.key not in self._called and other.key.startswith(prefix) and other.kind not in ("patch", "cancel") for other in self._records.values()):
+        if any(
+            other.key not in self._called and other.key.startswith(prefix) and other.kind not in ("patch", "cancel")
+            for other in self._records.values()
+        ):
             return False
         self._seq += 1
         self._number += 1
         now = self._now()
-        record = Record(key, self._seq, key.rpartition("/")[2].partition("#")[0], "patch", "done", input_sha256="", output="true", number=self._number, started_at=now, finished_at=now)
+        record = Record(
+            key,
+            self._seq,
+            key.rpartition("/")[2].partition("#")[0],
+            "patch",
+            "done",
+            input_sha256="",
+            output="true",
+            number=self._number,
+            started_at=now,
+            finished_at=now,
+        )
         record.after = self._newest
         self._records[key] = record
         self._unwritten.append(jr.put_step(record))
@@ -595,7 +619,9 @@ class Execution:
                 if entry.is_cancelled:
                     self._finish(entry, "cancelled", error=_BY_CANCEL)
                 elif verdict == "unknown":
-                    self._finish(entry, "unknown", error=_error_text("OutcomeUnknown", "the process ended in the middle of it", record.attempts))
+                    self._finish(
+                        entry, "unknown", error=_error_text("OutcomeUnknown", "the process ended in the middle of it", record.attempts)
+                    )
                 else:
                     await _LIVE[call.kind](self, entry)
             self._schedule()
@@ -664,10 +690,10 @@ class Execution:
                 raise self._diverge(f"what step {call.key} recorded cannot be read: {error}") from error
         if record.status == "cancelled":
             raise Cancelled
-        error = loads(record.error or "{}")
+        facts = loads(record.error or "{}")
         if record.status == "unknown":
-            raise OutcomeUnknown(call.key, error["message"])
-        raise StepFailed(call.key, error["type"], error["message"], error["attempts"]) from entry.cause
+            raise OutcomeUnknown(call.key, facts["message"])
+        raise StepFailed(call.key, facts["type"], facts["message"], facts["attempts"]) from entry.cause
 
     def _text(self, record: Record) -> str:
         if record.output is not None:
@@ -711,8 +737,7 @@ class Execution:
 
     async def _commit(self, writes: Sequence[Write], *, check: bool = True) -> None:
         """Run a transaction. Raises `Parked` when it failed: the run is broken then."""
-        if self._unwinding == "break":
-            raise Parked
+        self._check_broken()
         try:
             await self._write(writes)
         except asyncio.CancelledError:
@@ -720,8 +745,8 @@ class Execution:
         except BaseException as error:
             self._break(error)
             raise Parked from error
-        if check and self._unwinding == "break":
-            raise Parked
+        if check:
+            self._check_broken()
 
     def _is_replicated(self, step: Step[..., Any]) -> bool:
         wanted = step.durability == "replicated" or self.instance.durability == "replicated" or not step.repeat
@@ -918,8 +943,8 @@ class Execution:
             output, sha256, more = await self._keep(answer["output"], [], record.seq)
             self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *more])
         else:
-            error = loads(answer["error"] or "{}")
-            text = _error_text(error.get("type") or answer["status"], error.get("message") or f"child {child} {answer['status']}", 1)
+            facts = loads(answer["error"] or "{}")
+            text = _error_text(facts.get("type") or answer["status"], facts.get("message") or f"child {child} {answer['status']}", 1)
             self._finish(entry, "failed", error=text, writes=writes)
 
     async def _live_send(self, entry: _Entry) -> None:
@@ -952,10 +977,9 @@ class Execution:
             raise self._refuse(entry, NeedsReplica(f"step {step.name}"))
         replicated = self._is_replicated(step)
         record.durability = "replicated" if replicated else "local"
-        if record.status == "retrying":
-            if await self._wait(entry, self._due(record, step.retry.cap)) == "cancelled":
-                self._finish(entry, "cancelled", error=_BY_CANCEL)
-                return
+        if record.status == "retrying" and await self._wait(entry, self._due(record, step.retry.cap)) == "cancelled":
+            self._finish(entry, "cancelled", error=_BY_CANCEL)
+            return
         while True:
             record.attempts += 1
             if replicated or not step.repeat:
@@ -1047,13 +1071,13 @@ class Execution:
             return "error", error, started_at, info.usage
         finally:
             self._running -= 1
-        if self._is_idle_break():
-            raise Parked
+        self._check_broken()
         self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, info, started_at)])
         return None
 
-    def _is_idle_break(self) -> bool:
-        return self._unwinding == "break"
+    def _check_broken(self) -> None:
+        if self._unwinding == "break":
+            raise Parked
 
     def _extras(self, record: Record, info: Attempt, started_at: str) -> list[Write]:
         """Return what is committed with a successful attempt: the state that it wrote, and what it used."""
@@ -1064,7 +1088,13 @@ class Execution:
             usage = encode(info.usage, "usage")[0] if info.usage else None
             writes.append(
                 jr.put_attempt(
-                    record.seq, record.attempts, machine=self._services.machine, started_at=started_at, finished_at=self._now(), outcome="done", usage=usage
+                    record.seq,
+                    record.attempts,
+                    machine=self._services.machine,
+                    started_at=started_at,
+                    finished_at=self._now(),
+                    outcome="done",
+                    usage=usage,
                 )
             )
         return writes
