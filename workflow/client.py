@@ -214,7 +214,7 @@ class Client:
         Args:
             flow: the flow, or its name with the arguments as keywords where its code is not at hand.
         """
-        id = check_id(id or ulid(_now_ms()).lower())
+        id = check_id(id if id is not None else ulid(_now_ms()).lower())
         if isinstance(flow, str):
             if args:
                 raise TypeError("a flow that is given by name takes keyword arguments")
@@ -224,9 +224,11 @@ class Client:
                 raise TypeError(f"not a flow: {flow!r}")
             name, text, found = flow.name, flow.signature.encode(args, kwargs)[0], flow
         body = {"flow": name, "input": text, "priority": priority if priority is not None else (found.priority if found else 0)}
-        request = Request(f"start:{id}:{digest(text)[:16]}", id, "start", encode(body, "start")[0], self.sender, iso(datetime.now(UTC)))
+        request = Request(
+            f"start:{id}:{digest(name + text)[:16]}", id, "start", encode(body, "start")[0], self.sender, iso(datetime.now(UTC))
+        )
         await self.submit(request)
-        return _Started(self, id, flow=found, input_sha256=digest(text))
+        return _Started(self, id, flow=found, name=name, input_sha256=digest(text))
 
     async def runs(self) -> list[Indexed]:
         """Return all runs of the folder, oldest first."""
@@ -273,9 +275,9 @@ class Client:
 class _Started(Run):
     """A run that the engine may not have taken up yet."""
 
-    def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None, input_sha256: str) -> None:
+    def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None, name: str, input_sha256: str) -> None:
         super().__init__(desk, id, flow=flow)
-        self._input_sha256 = input_sha256
+        self._wanted = (name, input_sha256)
 
     async def status(self) -> str:
         found = await self._desk.indexed(self.id)
@@ -284,5 +286,5 @@ class _Started(Run):
     async def result(self) -> Any:
         while (found := await self._desk.indexed(self.id)) is None:
             await asyncio.sleep(POLL_S)
-        self._is_conflict = found.input_sha256 != self._input_sha256
+        self._is_conflict = (found.flow, found.input_sha256) != self._wanted
         return await super().result()

@@ -46,7 +46,7 @@ class Timers:
     """A heap of timers and one alarm of the event loop for the first of them."""
 
     def __init__(self, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
-        self._clock = clock
+        self.clock = clock
         self._loop = loop
         self._heap: list[tuple[float, int, Timer]] = []
         self._count = itertools.count()
@@ -68,7 +68,7 @@ class Timers:
 
     def fire(self) -> None:
         """Call back what is due."""
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         while (due := self.next_due()) is not None and due <= now:
             callback = heapq.heappop(self._heap)[2].callback
             if callback is not None:
@@ -85,6 +85,6 @@ class Timers:
             self._alarm.cancel()
             self._alarm = None
         due = self.next_due()
-        delay = None if due is None else self._clock.delay_s(due)
+        delay = None if due is None else self.clock.delay_s(due)
         if delay is not None:
             self._alarm = self._loop.call_later(min(delay, 3600.0), self.fire)

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, Self, TypeVar
@@ -256,12 +256,13 @@ class Engine:
 
     async def _recover(self) -> None:
         self._arrival = await self._intake.do(ik.next_arrival)
-        now = self._clock.now()
-        for id, status, wake_at, flow in await self._intake.do(ik.live):
-            if status == "running":
+        now = self._now()
+        for id, status, wake_at, since, flow in await self._intake.do(ik.live):
+            # Before `since` the clock has gone back: let the run itself say how long it waits.
+            if status == "running" or (status == "waiting" and since is not None and now < since):
                 self._make_ready(id, flow)
             else:
-                self._park(id, flow, None if status == "paused" else _due(self._clock, now, wake_at), status == "paused")
+                self._park(id, flow, None if status == "paused" else self._due(wake_at), status == "paused")
         for flow in await self._intake.do(ik.flows_queued):
             self._queued[flow] = True
         for request in await self._intake.do(ik.open_requests):
@@ -321,7 +322,7 @@ class Engine:
         """
         if not isinstance(flow, Flow):
             raise TypeError(f"not a flow: {flow!r}; decorate it with @flow")
-        id = check_id(id or ulid(self._now_ms()).lower())
+        id = check_id(id if id is not None else ulid(self._now_ms()).lower())
         text, _ = flow.signature.encode(args, kwargs)
         durability = durability or flow.durability
         if self._services.barrier is None and (durability == "replicated" or flow.replicated_steps()):
@@ -771,7 +772,7 @@ class Engine:
                 self._broken.pop(id, None)
                 self._ended(id, active.parent, ending)
             case "parked" if not (ending.was_touched or active.is_missed):
-                self._intake.later(functools.partial(ik.set_status, id=id, status="waiting", wake_at=ending.wake_at))
+                self._intake.later(functools.partial(ik.set_waiting, id=id, wake_at=self._wall(ending.wake_due), since=self._now()))
                 self._park(id, active.flow, ending.wake_due, is_paused=False)
             case "paused":
                 self._intake.later(functools.partial(ik.set_status, id=id, status="paused"))
@@ -902,6 +903,16 @@ class Engine:
     def _now(self) -> str:
         return iso(self._clock.now())
 
+    def _wall(self, due: float | None) -> str | None:
+        """Return a monotonic time as the wall clock will have it."""
+        return None if due is None else iso(self._clock.now() + timedelta(seconds=due - self._clock.monotonic()))
+
+    def _due(self, wake_at: str | None) -> float | None:
+        """Return a wall clock time as the monotonic clock will have it."""
+        if wake_at is None:
+            return None
+        return self._clock.monotonic() + max(0.0, (datetime.fromisoformat(wake_at) - self._clock.now()).total_seconds())
+
     def _now_ms(self) -> int:
         return int(self._clock.now().timestamp() * 1000)
 
@@ -927,12 +938,6 @@ def _claimed(db: sqlite3.Connection, flow: str, limit: int) -> list[tuple[Indexe
 def _ended(path: Path, objects: Objects) -> Ending:
     status, output, error = ending_of(path, objects)
     return Ending("ended", status, output=output, error=error)
-
-
-def _due(clock: Clock, now: datetime, wake_at: str | None) -> float | None:
-    if wake_at is None:
-        return None
-    return clock.monotonic() + max(0.0, (datetime.fromisoformat(wake_at) - now).total_seconds())
 
 
 def _cut_at(loaded: Loaded, step: str) -> int:

@@ -137,6 +137,12 @@ def set_status(
     db.execute("DELETE FROM wf_requests WHERE instance = ? AND kind = 'start'", (id,))
 
 
+def set_waiting(db: sqlite3.Connection, id: str, wake_at: str | None, since: str) -> None:
+    """Say that a run has nothing to do before a time, or a request. `since`: now, by the clock that `wake_at` is a time of."""
+    set_status(db, id, "waiting", wake_at=wake_at)
+    db.execute("UPDATE wf_index SET since = ? WHERE id = ?", (since, id))
+
+
 def taken(db: sqlite3.Connection, id: str, requests: Collection[str]) -> None:
     """Requests are in the instance file now: forget them, and know the run as awake."""
     db.executemany("DELETE FROM wf_requests WHERE id = ?", [(item,) for item in requests])
@@ -174,9 +180,9 @@ def open_requests(db: sqlite3.Connection) -> list[Request]:
     return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests WHERE kind <> 'start' AND fresh = 0 ORDER BY id")]
 
 
-def live(db: sqlite3.Connection) -> list[tuple[str, str, str | None, str]]:
-    """Return (id, status, wake_at, flow) of all runs that are running, waiting or paused."""
-    return db.execute("SELECT id, status, wake_at, flow FROM wf_index WHERE status IN ('running', 'waiting', 'paused')").fetchall()
+def live(db: sqlite3.Connection) -> list[tuple[str, str, str | None, str | None, str]]:
+    """Return (id, status, wake_at, since, flow) of all runs that are running, waiting or paused."""
+    return db.execute("SELECT id, status, wake_at, since, flow FROM wf_index WHERE status IN ('running', 'waiting', 'paused')").fetchall()
 
 
 def flows_queued(db: sqlite3.Connection) -> list[str]:

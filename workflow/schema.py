@@ -112,6 +112,7 @@ CREATE VIEW wf_state_now AS
 INTAKE = f"""
 CREATE TABLE IF NOT EXISTS wf_index (           -- every run of this folder, so that nothing opens 50,000 files
   id TEXT PRIMARY KEY, flow TEXT NOT NULL, status TEXT NOT NULL, wake_at TEXT,
+  since TEXT,                                   -- when `wake_at` was written: an earlier clock has gone back
   priority INTEGER NOT NULL DEFAULT 0, arrival INTEGER NOT NULL,
   input_sha256 TEXT NOT NULL, parent_id TEXT, error TEXT, created_at TEXT NOT NULL, finished_at TEXT
 ) STRICT, WITHOUT ROWID;

@@ -149,9 +149,9 @@ def replay(record: Record | None, input_sha256: str) -> Next:
     return "run" if record.repeat or record.status != "started" else "unknown"
 
 
-def remaining_wait_s(wake_at_s: float, now_s: float, duration_s: float) -> float:
-    """Return how long to wait after a restart for a wall clock time: never longer than the whole wait was, whatever the clock did."""
-    return min(max(0.0, wake_at_s - now_s), duration_s)
+def remaining_wait_s(by_clock_s: float, duration_s: float) -> float:
+    """Return how long to wait after a restart, when the wall clock says `by_clock_s`: never longer than the whole wait was."""
+    return min(max(0.0, by_clock_s), duration_s)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def check_id(id: str, *, longest: int = _LONGEST) -> str:
 
 def check_name(name: str) -> str:
     """Return a name for a step or a flow. Raises `ValueError`."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "cancel":
         raise ValueError(f"not a name for a step or flow: {name!r}: letters, digits, '_' and '.', beginning with a letter")
     return name
 

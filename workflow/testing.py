@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from workflow import journal as jr
 from workflow.clock import Clock, Timers
-from workflow.context import Flow
+from workflow.context import Flow, flows
 from workflow.engine import Engine
 from workflow.errors import RunFailed, WorkflowError
 from workflow.state import ENDED
@@ -49,7 +49,7 @@ class VirtualClock(Clock):
         return self._passed_s
 
     def delay_s(self, due: float) -> float | None:
-        return None
+        return 0.0 if due <= self._passed_s else None
 
     def advance(self, seconds: float) -> None:
         """Move on."""
@@ -297,7 +297,13 @@ def replay_recorded(path: Path, flow: Callable[..., Any], folder: Path) -> tuple
             status, _, error = await engine.ending(loaded.instance.id)
             return status, error
 
-    status, error = asyncio.run(again())
+    registered = flows.get(flow.name)
+    flows[flow.name] = flow
+    try:
+        status, error = asyncio.run(again())
+    finally:
+        if registered is not None:
+            flows[flow.name] = registered
     if loaded.instance.status in ENDED and status != "diverged" and (status, error) != (loaded.instance.status, loaded.instance.error):
         return "diverged", f"the record ended {loaded.instance.status}, this code ends {status}: {error}"
     return status, error

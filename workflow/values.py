@@ -323,6 +323,9 @@ def _typed_dict(hints: dict[str, Any]) -> Callable[[Any], Any]:
     return convert
 
 
+def _anything(*args: Any, **kwargs: Any) -> Any: ...
+
+
 class Signature:
     """How the arguments and the result of a function are recorded."""
 
@@ -331,7 +334,10 @@ class Signature:
         self.name = name
         self._hints: dict[str, Any] | None = None
         self._function = function
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # a builtin that tells nothing
+            signature = inspect.signature(_anything)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[skip:])
 
     @property

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from random import Random
 from sqlite3 import Connection
@@ -51,6 +52,12 @@ from workflow.values import Artifact, ObjectReader, decode, digest, encode, iso,
 __all__ = ["Ending", "Execution", "Outside", "Services"]
 
 log = logging.getLogger(__name__)
+
+CANCEL = "cancel#1"
+"""Key of the record that says where a run was cancelled; `cancel` is not a name for a step."""
+
+LONGEST_S = 3.15e9
+"""A century: longer waits are that long."""
 
 UNWIND_S = 1.0
 """So long may a flow take to leave memory before what it waits for beside its steps is cancelled."""
@@ -96,7 +103,7 @@ class Ending:
     """How a run left memory.
 
     `kind`: ended (its status is final), parked, paused, stopped (it has work to do), broken (its file could not be written).
-    `wake_at`: for parked ones, when the first timer is due. `was_touched`: something arrived while it was leaving.
+    `wake_due`: for parked ones, the monotonic time when the first timer is due. `was_touched`: something arrived while it was leaving.
     """
 
     kind: Literal["ended", "parked", "paused", "stopped", "broken"]
@@ -104,7 +111,6 @@ class Ending:
     output: str | None = None
     error: str | None = None
     wake_due: float | None = None
-    wake_at: str | None = None
     was_touched: bool = False
     failure: BaseException | None = None
 
@@ -263,13 +269,11 @@ class Execution:
                 case "park" | "pause" | "stop":
                     paused = self._unwinding == "pause"
                     await self._commit([jr.put_status("paused" if paused else "waiting", now)])
-                    waits = [record for record in self._records.values() if record.status in ("waiting", "retrying") and record.wake_at]
-                    wake_at = min((record.wake_at or "" for record in waits), default=None)
                     due = min((entry_due for entry_due in self._dues if entry_due is not None), default=None)
                     kind: Literal["parked", "paused", "stopped"] = (
                         "paused" if paused else "parked" if self._unwinding == "park" else "stopped"
                     )
-                    return Ending(kind, "paused" if paused else "waiting", wake_due=due, wake_at=wake_at)
+                    return Ending(kind, "paused" if paused else "waiting", wake_due=due)
             if self._unwinding == "cancel" or root.cancelled() or _holds(failure, Cancelled):
                 error = _error_text("Cancelled", "the run was cancelled", 0)
                 await self._commit([jr.put_end("cancelled", None, None, error, now)])
@@ -398,11 +402,9 @@ class Execution:
         self._seen.add(id)
         now = self._now()
         writes = [jr.put_control(id, kind, sender, sent_at, now)]
-        if kind == "cancel" and "cancel#1" not in self._records:
+        if kind == "cancel" and CANCEL not in self._records:
             self._seq += 1
-            record = Record(
-                "cancel#1", self._seq, "cancel", "cancel", "done", input_sha256="", output="null", started_at=now, finished_at=now
-            )
+            record = Record(CANCEL, self._seq, "cancel", "cancel", "done", input_sha256="", output="null", started_at=now, finished_at=now)
             slot = self._reserve(record)
             self._records[record.key] = record
             await self._commit([*writes, jr.put_step(record)], check=False)
@@ -422,8 +424,9 @@ class Execution:
 
     def _pump(self) -> None:
         self._is_pumping = False
-        while not self._unwinding:
-            if self._is_dirty and len(self._tasks) > 1:
+        while self._root is not None and not self._unwinding:
+            is_cancel = bool(self._queue) and self._queue[0].key == CANCEL  # what is cancelled must not depend on who is quicker
+            if is_cancel or (self._is_dirty and len(self._tasks) > 1):
                 self._calm = self._calm + 1 if self._is_at_rest() else 0
                 if self._calm < 2:
                     self._schedule()
@@ -516,17 +519,18 @@ class Execution:
             entry.is_cancelled = True
             if entry.waits or entry in starting:
                 self._wake(entry, "cancelled")
-            if entry.call.kind == "child" and not entry.record.is_final:
-                self._help(self._cancel_child(entry.call))
+        for record in self._records.values():
+            if record.kind == "child" and not record.is_final:
+                self._help(self._cancel_child(record.key))
         self._is_dirty = True
         self._cancel_next = not in_flight
         self._grace = self._services.timers.at(self._services.clock.monotonic() + self.flow.grace_s, self._on_grace_over)
 
-    async def _cancel_child(self, call: Call) -> None:
+    async def _cancel_child(self, key: str) -> None:
         if self._services.barrier is not None:
             await self._services.barrier(self.id)
-        child = child_id(self.id, call.key)
-        await self._services.outside.cancel_run(f"{self._key('cancel#1')}:{child}", child, self.id)
+        child = child_id(self.id, key)
+        await self._services.outside.cancel_run(f"{self._key(CANCEL)}:{child}", child, self.id)
 
     def _on_grace_over(self) -> None:
         if not self._unwinding and self._root is not None and not self._root.done():
@@ -857,17 +861,19 @@ class Execution:
                 timer.cancel()
 
     def _due(self, record: Record, duration_s: float) -> float:
-        """Return the monotonic time of a recorded wake time, or record one."""
+        """Return the monotonic time of a recorded wake time, or record one. After a clock went back it is recorded anew."""
         clock = self._services.clock
+        now = clock.now()
         if record.wake_at is None:
-            from datetime import timedelta
-
-            record.wake_at = iso(clock.now() + timedelta(seconds=min(duration_s, 3.15e9)))
-            return clock.monotonic() + duration_s
-        from datetime import datetime
-
-        wake, now = datetime.fromisoformat(record.wake_at), clock.now()
-        return clock.monotonic() + remaining_wait_s(wake.timestamp(), now.timestamp(), duration_s)
+            remaining = min(duration_s, LONGEST_S)
+            record.wake_at = iso(now + timedelta(seconds=remaining))
+        else:
+            by_clock = (datetime.fromisoformat(record.wake_at) - now).total_seconds()
+            remaining = remaining_wait_s(by_clock, duration_s)
+            if remaining < by_clock:
+                record.wake_at = iso(now + timedelta(seconds=remaining))
+                self._unwritten.append(jr.put_step(record))
+        return clock.monotonic() + remaining
 
     async def _begin_wait(self, entry: _Entry) -> None:
         if entry.record.status != "waiting":
