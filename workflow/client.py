@@ -248,6 +248,8 @@ class Client:
             if found is None:
                 raise Refused(id, "there is no such run")
             await asyncio.sleep(POLL_S)
+        if found.gone_at is not None:
+            raise Refused(id, f"the run ended {found.status}, and its file was deleted at {found.gone_at}")
         if found.status == "quarantined":
             return found.status, None, found.error
         return await asyncio.to_thread(ending_of, self._path(id), self._objects)

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LANES = 8
+SWEEP_S = 3600.0
 BROKEN_RETRY_S = (1.0, 60.0)
 
 
@@ -102,6 +103,8 @@ class Engine:
         park_after_s: float = 0.5,
         poll_s: float = 0.1,
         stop_timeout_s: float = 10.0,
+        keep: timedelta | None = timedelta(days=30),
+        only: str | None = None,
         clock: Clock | None = None,
         random: Random | None = None,
         max_crashes: int = MAX_RESUMES,
@@ -117,6 +120,8 @@ class Engine:
             park_after_s: a run that only waits leaves memory after so many seconds, or at once when others want its place.
             poll_s: how often to look for requests of other processes.
             stop_timeout_s: when leaving the context, how long bodies may take to end before they are cut short.
+            keep: files and objects of runs that ended are deleted after this time, their ids stay taken; None keeps them for ever.
+            only: take up this run alone, and its children; all others are left as they are.
             clock: for tests (`workflow.testing.VirtualClock`).
             random: for the jitter of retries.
             max_crashes: a run that takes its process down so often without finishing a step is quarantined.
@@ -130,6 +135,8 @@ class Engine:
         self._park_after_s = park_after_s
         self._poll_s = poll_s
         self._stop_timeout_s = stop_timeout_s
+        self._keep = keep
+        self._only = only
         self._clock = clock or Clock()
         self._random = random or Random()
         self._max_crashes = max_crashes
@@ -174,7 +181,7 @@ class Engine:
             self._lanes = Lanes(LANES)
             self.timers = Timers(self._clock, self._loop)
             self._bodies = ThreadPoolExecutor(self._threads, thread_name_prefix="workflow step")
-            self._flow_threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="workflow flow")
+            self._flow_threads = ThreadPoolExecutor(max(1, self._concurrency), thread_name_prefix="workflow flow")
             self.reader = Reader(self.folder, self._objects)
             self._services = Services(
                 clock=self._clock,
@@ -263,13 +270,40 @@ class Engine:
                 self._make_ready(id, flow)
             else:
                 self._park(id, flow, None if status == "paused" else self._due(wake_at), status == "paused")
-        for flow in await self._intake.do(ik.flows_queued):
+        for flow in await self._intake.do(ik.flows_queued) if self._only is None else ():
             self._queued[flow] = True
+        if self._only is not None:
+            found = await self.indexed(self._only)
+            if found is not None and found.status == "queued":
+                self._make_ready(found.id, found.flow)
         for request in await self._intake.do(ik.open_requests):
             await self._dispatch(request)
         for request in await self._intake.do(ik.fresh_requests):
             await self._dispatch(request)
         self._fill()
+        if self._keep is not None:
+            self._help(self._sweep())
+
+    async def _sweep(self) -> None:
+        if self._keep is not None and not self._is_closing:
+            await self.sweep(self._keep)
+            self.timers.at(self._clock.monotonic() + SWEEP_S, lambda: self._help(self._sweep()))
+
+    async def sweep(self, keep: timedelta) -> list[str]:
+        """Delete files and objects of runs that ended longer ago; returns their ids, which stay taken."""
+        limit = iso(self._clock.now() - keep)
+        gone: list[str] = []
+        while found := await self._intake.do(functools.partial(ik.ended_before, at=limit, limit=100)):
+            await asyncio.to_thread(self._delete, found)
+            await self._intake.do(functools.partial(ik.set_gone, ids=found, at=self._now()))
+            gone += found
+        return gone
+
+    def _delete(self, ids: list[str]) -> None:
+        for id in ids:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self._path(id)}{suffix}").unlink(missing_ok=True)
+            self._objects.delete_all(id)
 
     async def _poll(self) -> None:
         """Look for requests of other processes: one `stat` each time, a query when it has changed."""
@@ -414,6 +448,8 @@ class Engine:
                     raise Refused(id, "there is no such run")
                 if found.status == "quarantined":
                     return found.status, None, found.error
+                if found.gone_at is not None:
+                    raise Refused(id, f"the run ended {found.status}, and its file was deleted at {found.gone_at}")
                 if found.status in ENDED:
                     return await asyncio.to_thread(ending_of, self._path(id), self._objects)
             return await waiter
@@ -453,6 +489,20 @@ class Engine:
     async def _put(self, request: Request) -> None:
         await self._intake.do(functools.partial(ik.add_request, request=request))
         self._help(self._dispatch(request))
+
+    async def until_rest(self, id: str) -> str:
+        """Return when a run has ended, is paused, or waits for something that is not due yet; returns its state.
+
+        Raises:
+            Refused: there is no such run.
+        """
+        while True:
+            found = await self.indexed(id)
+            if found is None:
+                raise Refused(id, "there is no such run")
+            if found.status in ENDED or (id in self._parked and id not in self._active):
+                return found.status
+            await asyncio.sleep(0.01)
 
     async def adopt(self, id: str) -> None:
         """Take up a file that is in the folder and in no index: one that was copied there.
@@ -567,8 +617,11 @@ class Engine:
         recent.append(now)
         return True
 
+    def _is_wanted(self, id: str) -> bool:
+        return self._only is None or id == self._only or id.startswith(f"{self._only}.")
+
     def _make_ready(self, id: str, flow: str) -> None:
-        if id in self._ready_ids or id in self._active:
+        if not self._is_wanted(id) or id in self._ready_ids or id in self._active:
             return
         known = flows.get(flow)
         self._ready_ids.add(id)

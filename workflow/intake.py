@@ -55,6 +55,7 @@ class Indexed:
     error: str | None
     created_at: str
     finished_at: str | None
+    gone_at: str | None = None
 
 
 _FIELDS = tuple(Indexed.__dataclass_fields__)
@@ -186,11 +187,8 @@ def live(db: sqlite3.Connection) -> list[tuple[str, str, str | None, str | None,
 
 
 def flows_queued(db: sqlite3.Connection) -> list[str]:
+    """Return the flows that have runs in the queue."""
     return [flow for (flow,) in db.execute("SELECT DISTINCT flow FROM wf_index WHERE status = 'queued'")]
-
-
-def all_ids(db: sqlite3.Connection) -> set[str]:
-    return {id for (id,) in db.execute("SELECT id FROM wf_index")}
 
 
 def next_arrival(db: sqlite3.Connection) -> int:
@@ -199,8 +197,17 @@ def next_arrival(db: sqlite3.Connection) -> int:
 
 
 def ended_before(db: sqlite3.Connection, at: str, limit: int) -> list[str]:
-    """Return runs that ended before a time, and whose row is still that of a run."""
-    return [id for (id,) in db.execute("SELECT id FROM wf_index WHERE finished_at < ? AND status <> 'quarantined' LIMIT ?", (at, limit))]
+    """Return runs that ended before a time and whose files are there; not those in quarantine, which somebody should look at."""
+    found = db.execute(
+        "SELECT id FROM wf_index WHERE finished_at < ? AND gone_at IS NULL AND finished_at IS NOT NULL AND status <> 'quarantined' LIMIT ?",
+        (at, limit),
+    )
+    return [id for (id,) in found]
+
+
+def set_gone(db: sqlite3.Connection, ids: Collection[str], at: str) -> None:
+    """Say that the files of runs are deleted; their ids stay taken."""
+    db.executemany("UPDATE wf_index SET gone_at = ? WHERE id = ?", [(at, id) for id in ids])
 
 
 def sql_read(path: Path, read: Callable[[sqlite3.Connection], T]) -> T:

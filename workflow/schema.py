@@ -114,8 +114,10 @@ CREATE TABLE IF NOT EXISTS wf_index (           -- every run of this folder, so 
   id TEXT PRIMARY KEY, flow TEXT NOT NULL, status TEXT NOT NULL, wake_at TEXT,
   since TEXT,                                   -- when `wake_at` was written: an earlier clock has gone back
   priority INTEGER NOT NULL DEFAULT 0, arrival INTEGER NOT NULL,
-  input_sha256 TEXT NOT NULL, parent_id TEXT, error TEXT, created_at TEXT NOT NULL, finished_at TEXT
+  input_sha256 TEXT NOT NULL, parent_id TEXT, error TEXT, created_at TEXT NOT NULL, finished_at TEXT,
+  gone_at TEXT                                  -- its file was deleted after its time; the row keeps the id from being used again
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS wf_old ON wf_index (finished_at) WHERE finished_at IS NOT NULL AND gone_at IS NULL;
 CREATE INDEX IF NOT EXISTS wf_queue ON wf_index (flow, priority DESC, arrival) WHERE status = 'queued';
 CREATE INDEX IF NOT EXISTS wf_live ON wf_index (status, wake_at) WHERE status IN ('running','waiting','paused');
 

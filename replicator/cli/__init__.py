@@ -26,6 +26,7 @@ from replicator.cli import (
     standby,
     top,
     verify,
+    workflow,
 )
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
@@ -109,6 +110,7 @@ COMMANDS = {
     **local.COMMANDS,
     **control.COMMANDS,
     "top": top.COMMAND,
+    "wf": workflow.COMMAND,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(
         "pyrepl demo [-duration D] [-keep] [URL]",
