@@ -13,6 +13,7 @@ Everything that must survive goes through the intake's group commit before it ha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import fcntl
 import functools
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from workflow import intake as ik
 from workflow import journal as jr
@@ -43,6 +44,9 @@ from workflow.objects import LocalObjects, Objects, Reader
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
 from workflow.values import digest, encode, iso, loads
 from workflow.worker import Ending, Execution, Services
+
+if TYPE_CHECKING:
+    from workflow.durability import Replication
 
 __all__ = ["Engine"]
 
@@ -98,6 +102,9 @@ class Engine:
         self,
         folder: str | os.PathLike[str],
         *,
+        replica: str | None = None,
+        host: str = "main",
+        sync_interval_s: float | None = None,
         concurrency: int = 100,
         threads: int = 32,
         park_after_s: float = 0.5,
@@ -115,6 +122,9 @@ class Engine:
 
         Args:
             folder: made when missing. One engine owns it at a time.
+            replica: URL of a root below which all files are replicated, and restored when they are missing or overtaken here.
+            host: name of this engine's runs there. An engine elsewhere that uses the same replica and host takes them over.
+            sync_interval_s: least time between uploads that nobody waits for; as in `Replicator`.
             concurrency: so many runs in memory at once; parked and queued ones do not count.
             threads: for plain functions, as steps; as flows they have `concurrency` more.
             park_after_s: a run that only waits leaves memory after so many seconds, or at once when others want its place.
@@ -144,6 +154,8 @@ class Engine:
         self._faults = faults
         self._machine = socket.gethostname()
         self._objects: Objects = LocalObjects(self.folder / ".objects")
+        self._replica, self._host, self._interval_s = replica, host, sync_interval_s
+        self._replication: Replication | None = None
         self._active: dict[str, _Active] = {}
         self._parked: dict[str, _Parked] = {}
         self._ready: list[tuple[int, int, str, str]] = []
@@ -176,7 +188,15 @@ class Engine:
         try:
             self._loop = asyncio.get_running_loop()
             self._context = contextvars.copy_context()
+            if self._replica is not None:
+                from workflow.durability import Replication
+
+                self._replication = Replication(self.folder, self._replica, host=self._host, sync_interval_s=self._interval_s)
+                self._objects = self._replication.objects
+                await self._replication.take_over()
             self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
+            if self._replication is not None:
+                await self._replication.attach_intake()
             self._template = jr.template()
             self._lanes = Lanes(LANES)
             self.timers = Timers(self._clock, self._loop)
@@ -193,7 +213,7 @@ class Engine:
                 objects=self._objects,
                 reader=self.reader,
                 outside=self,
-                barrier=None,
+                barrier=self._replication.barrier if self._replication is not None else None,
                 check_owner=_anybody,
                 on_idle=self._on_idle,
             )
@@ -235,6 +255,8 @@ class Engine:
         self._undo()
         self.timers.close()
         await self._intake.close()
+        if self._replication is not None:
+            await self._replication.close()
         await self._lanes.close()
         self._bodies.shutdown(wait=False)
         self._flow_threads.shutdown(wait=False)
@@ -301,9 +323,14 @@ class Engine:
 
     def _delete(self, ids: list[str]) -> None:
         for id in ids:
+            path = self._path(id)
+            objects = list(jr.objects_of(path)) if path.exists() else []
+            if self._replication is not None:
+                self._replication.forget(id, objects)
+            else:
+                self._objects.delete(id, objects)
             for suffix in ("", "-wal", "-shm"):
-                Path(f"{self._path(id)}{suffix}").unlink(missing_ok=True)
-            self._objects.delete_all(id)
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
 
     async def _poll(self) -> None:
         """Look for requests of other processes: one `stat` each time, a query when it has changed."""
@@ -395,6 +422,8 @@ class Engine:
             self._pending -= 1
             if runs_now:
                 self._reserved -= 1
+        if durability == "replicated" and self._replication is not None:
+            await self._replication.intake_barrier()
         is_new = found is run
         conflict = not is_new and (found.input_sha256 != run.input_sha256 or found.flow != flow.name or found.parent_id != run.parent_id)
         if is_new and runs_now:
@@ -451,7 +480,7 @@ class Engine:
                 if found.gone_at is not None:
                     raise Refused(id, f"the run ended {found.status}, and its file was deleted at {found.gone_at}")
                 if found.status in ENDED:
-                    return await asyncio.to_thread(ending_of, self._path(id), self._objects)
+                    return await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             return await waiter
         finally:
             waiters.remove(waiter)
@@ -460,7 +489,7 @@ class Engine:
 
     async def records(self, id: str) -> list[Record]:
         """Return the steps of a run."""
-        return (await asyncio.to_thread(jr.read, self._path(id))).records
+        return (await asyncio.to_thread(jr.read, await self._local(id))).records
 
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""
@@ -575,7 +604,17 @@ class Engine:
         except Parked:
             active.is_missed = True
             return
-        self._intake.later(functools.partial(ik.taken, id=id, requests=[request.id]))
+        if self._replication is not None:
+            self._help(self._forget_when_replicated(id, request.id))
+        else:
+            self._intake.later(functools.partial(ik.taken, id=id, requests=[request.id]))
+
+    async def _forget_when_replicated(self, id: str, request: str) -> None:
+        """The intake, which is replicated, too, keeps a request until the run's replica has it."""
+        assert self._replication is not None
+        with contextlib.suppress(Exception):  # it stays in the intake then, and taking it in again is harmless
+            await self._replication.barrier(id)
+            self._intake.later(functools.partial(ik.taken, id=id, requests=[request]))
 
     async def _refuse(self, request: Request, reason: str) -> None:
         log.warning("request refused id=%s kind=%s request=%s reason=%r", request.instance, request.kind, request.id, reason)
@@ -711,6 +750,13 @@ class Engine:
     def _path(self, id: str) -> Path:
         return self.folder / f"{id}.db"
 
+    async def _local(self, id: str) -> Path:
+        """Return the path of a run's file, which is here or comes from the replica."""
+        path = self._path(id)
+        if self._replication is not None and not path.exists():
+            await asyncio.to_thread(self._replication.restore_missing, id)
+        return path
+
     def _activate(self, id: str, flow: str, start: Request | None) -> None:
         active = self._active[id] = _Active(flow)
         active.task = self._task(self._live(id, active, start))
@@ -741,6 +787,8 @@ class Engine:
                 return await lane.submit(_ended, self._path(id), self._objects)
             if flow is None:
                 raise _Quarantine(f"no code: this engine knows no flow {loaded.instance.flow!r}")
+            if self._replication is not None:
+                await self._replication.attach(id)
             active.execution = Execution(flow, loaded, journal, lane, self._services, large)
             await self._take_in(id, active)
             if self._is_closing:
@@ -758,6 +806,8 @@ class Engine:
                     await lane.submit(journal.close)
                 except sqlite3.Error as error:
                     log.warning("close failed id=%s error=%r", id, str(error))
+            if self._replication is not None:
+                await self._replication.detach(id)
 
     async def _take_in(self, id: str, active: _Active) -> None:
         """Give a run what waits for it, in order. What comes meanwhile is found by the next look; afterwards `_for_instance` brings it."""
@@ -773,7 +823,7 @@ class Engine:
                 applied.add(request.id)
 
     async def _open(self, id: str, lane: Lane, start: Request | None) -> tuple[Journal, Loaded, dict[str, str]]:
-        path = self._path(id)
+        path = self._path(id) if start is not None else await self._local(id)
         if start is None and not path.exists():
             requests = await self._intake.do(functools.partial(ik.requests_of, id=id))
             start = next((request for request in requests if request.kind == "start"), None)
@@ -874,7 +924,7 @@ class Engine:
         if found.status == "quarantined":
             ending = Ending("ended", found.status, error=found.error)
         else:
-            status, output, error = await asyncio.to_thread(ending_of, self._path(id), self._objects)
+            status, output, error = await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             ending = Ending("ended", status, output=output, error=error)
         if found.parent_id is not None:
             await self._put(self._message(id, found.parent_id, ending))
@@ -895,6 +945,8 @@ class Engine:
             await self._intake.do(functools.partial(ik.done, request=request.id))
             return
         found = await self.indexed(request.instance)
+        if self._replication is not None and request.instance in self._active:
+            await self._replication.barrier(request.instance)
         if found is None or not self._path(request.instance).exists():
             raise ForkRefused(request.instance, "there is no such run, or it has not begun")
         temporary = self.folder / f".{new}.fork.tmp"

@@ -5,10 +5,11 @@ With a replica they are beside it (`durability.py`); without one they are files 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +37,8 @@ class Objects(Protocol):
     def copy(self, source: str, target: str, sha256: str) -> None:
         """Give another run an object of its own. Raises `MissingObject`."""
 
-    def delete_all(self, home: str) -> None:
-        """Delete a run's objects."""
+    def delete(self, home: str, objects: Iterable[str]) -> None:
+        """Delete objects of a run. Missing ones are no error."""
 
 
 class LocalObjects:
@@ -80,8 +81,11 @@ class LocalObjects:
     def copy(self, source: str, target: str, sha256: str) -> None:
         self.put(target, sha256, self.get(source, sha256))
 
-    def delete_all(self, home: str) -> None:
-        shutil.rmtree(self._folder / home, ignore_errors=True)
+    def delete(self, home: str, objects: Iterable[str]) -> None:
+        for sha256 in objects:
+            self._path(home, sha256).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._folder / home).rmdir()
 
     def _path(self, home: str, sha256: str) -> Path:
         return self._folder / home / sha256

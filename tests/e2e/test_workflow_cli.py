@@ -40,7 +40,11 @@ def wf(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def test_reading_needs_no_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {row["id"]: row["status"] for row in wf(capsys, "list", str(folder))} == {"done-1": "done", "done-2": "done", "waits-1": "waiting"}
+    assert {row["id"]: row["status"] for row in wf(capsys, "list", str(folder))} == {
+        "done-1": "done",
+        "done-2": "done",
+        "waits-1": "waiting",
+    }
     assert [row["id"] for row in wf(capsys, "list", str(folder), "-status", "waiting")] == ["waits-1"]
     shown = wf(capsys, "show", str(folder), "waits-1")
     assert (shown["status"], shown["waits_for"]) == ("waiting", ["receive#1 (receive)"])
