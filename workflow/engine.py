@@ -604,6 +604,8 @@ class Engine:
         except Parked:
             active.is_missed = True
             return
+        if active.is_leaving:  # the file has it, the flow had gone
+            active.is_missed = True
         if self._replication is not None:
             self._help(self._forget_when_replicated(id, request.id))
         else:
