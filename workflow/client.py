@@ -22,7 +22,7 @@ from workflow.context import Flow, check_event, flows
 from workflow.errors import Conflict, Refused, RunFailed
 from workflow.intake import Indexed, Request
 from workflow.objects import LocalObjects, Objects, Reader
-from workflow.state import ENDED, Record, check_id, ulid
+from workflow.state import ENDED, Record, RunStatus, check_id, ulid
 from workflow.values import decode, digest, encode, iso, loads
 
 __all__ = ["Client", "Desk", "Run", "ending_of"]
@@ -178,7 +178,7 @@ def who() -> str:
         return f"{os.getuid()}@{socket.gethostname()}:{os.getpid()}"
 
 
-def ending_of(path: Path, objects: Objects) -> tuple[str, str | None, str | None]:
+def ending_of(path: Path, objects: Objects) -> tuple[RunStatus, str | None, str | None]:
     """Return (status, output, error) of a run's file. Raises `Unreadable`, `MissingObject`."""
     found = journal.read(path).instance
     output = found.output

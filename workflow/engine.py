@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
@@ -41,7 +42,7 @@ from workflow.intake import Indexed, Intake, Request
 from workflow.journal import Event, Faults, Instance, Journal, Loaded
 from workflow.lanes import Lane, Lanes
 from workflow.objects import LocalObjects, Objects, Reader
-from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
+from workflow.state import ENDED, MAX_RESUMES, Durability, Record, RunStatus, check_id, ulid
 from workflow.values import digest, encode, iso, loads
 from workflow.worker import Ending, Execution, Services
 
@@ -61,13 +62,15 @@ BROKEN_RETRY_S = (1.0, 60.0)
 class _Active:
     """A run that is in memory, or about to be."""
 
-    __slots__ = ("execution", "flow", "is_leaving", "is_missed", "is_open", "parent", "task")
+    __slots__ = ("ended", "execution", "flow", "is_leaving", "is_missed", "is_open", "parent", "task")
 
     def __init__(self, flow: str) -> None:
         self.flow = flow
         self.execution: Execution | None = None
         self.parent: str | None = None
         self.task: asyncio.Task[None] | None = None
+        self.ended: RunStatus | None = None
+        """Its final state, before the index has it."""
         self.is_open = False
         """It has taken in what waited for it in the intake."""
         self.is_leaving = False
@@ -463,7 +466,9 @@ class Engine:
 
     async def indexed(self, id: str) -> Indexed | None:
         """Return a run."""
-        return await self._intake.do(functools.partial(ik.one, id=id))
+        found = await self._intake.do(functools.partial(ik.one, id=id))
+        active = self._active.get(id)
+        return replace(found, status=active.ended) if found is not None and active is not None and active.ended else found
 
     async def ending(self, id: str) -> tuple[str, str | None, str | None]:
         """Wait for a run's end."""
@@ -742,6 +747,11 @@ class Engine:
             execution.park()
 
     @property
+    def parked(self) -> int:
+        """How many runs wait outside memory."""
+        return len(self._parked)
+
+    @property
     def is_at_rest(self) -> bool:
         """Whether nothing happens before the next timer or request."""
         idle = all(active.execution is not None and active.execution.is_idle for active in self._active.values())
@@ -778,7 +788,14 @@ class Engine:
             del self._active[id]
             if active.is_missed and id in self._parked:
                 self._wake(id)
+            elif active.is_missed and not self._is_closing:
+                self._help(self._dispatch_rest(id))
             self._fill()
+
+    async def _dispatch_rest(self, id: str) -> None:
+        """What came when a run had ended is answered now."""
+        for request in await self._intake.do(functools.partial(ik.requests_of, id=id)):
+            await self._dispatch(request)
 
     async def _opened(self, id: str, active: _Active, start: Request | None) -> Ending | None:
         lane, journal = self._lanes.next(), None
@@ -795,7 +812,12 @@ class Engine:
             await self._take_in(id, active)
             if self._is_closing:
                 active.execution.stop()
-            return await active.execution.run()
+            ending = await active.execution.run()
+            if ending.kind == "ended":
+                active.is_leaving = True
+                active.ended = ending.status or None
+                self._tell(id, ending)
+            return ending
         except (Unreadable, _Quarantine, MissingObject) as error:
             await self._quarantine(id, str(error))
             return None
@@ -909,6 +931,10 @@ class Engine:
             self._intake.later(end)
         else:
             self._help(self._end_and_tell(end, message))
+        self._tell(id, ending)
+
+    def _tell(self, id: str, ending: Ending) -> None:
+        """Answer those in this process who wait for a run's end."""
         for waiter in self._waiters.get(id, ()):
             if not waiter.done():
                 waiter.set_result((ending.status, ending.output, ending.error))
@@ -924,7 +950,7 @@ class Engine:
 
     async def _tell_parent_of(self, id: str, found: Indexed) -> None:
         if found.status == "quarantined":
-            ending = Ending("ended", found.status, error=found.error)
+            ending = Ending("ended", "quarantined", error=found.error)
         else:
             status, output, error = await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             ending = Ending("ended", status, output=output, error=error)

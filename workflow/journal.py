@@ -19,7 +19,7 @@ from typing import Any
 
 from workflow.errors import MissingObject, Unreadable
 from workflow.schema import APPLICATION_ID, INSTANCE, VERSION
-from workflow.state import Record
+from workflow.state import Record, RunStatus
 
 __all__ = [
     "Event",
@@ -53,7 +53,7 @@ class Instance:
     id: str
     incarnation: str
     flow: str
-    status: str
+    status: RunStatus
     input: str
     input_sha256: str
     created_at: str
@@ -204,7 +204,8 @@ def template() -> bytes:
 def create(path: Path, empty: bytes, instance: Instance) -> bool:
     """Make an instance file with its row in it, complete and on the disk, or nothing. Returns False when one is there already.
 
-    The row is written in memory and the file appears by a link, so that it costs one fsync, and no file without a row ever exists.
+    The row is written in memory and the file appears by a link, so that it costs one fsync, and no file without a row ever exists. Its name is
+    durable with the first commit: SQLite syncs the folder when it makes the WAL.
     """
     memory = sqlite3.connect(":memory:", isolation_level=None)
     try:
@@ -220,9 +221,12 @@ def create(path: Path, empty: bytes, instance: Instance) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return publish(temporary, path)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
+    return True
 
 
 def publish(temporary: Path, path: Path) -> bool:

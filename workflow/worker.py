@@ -46,7 +46,7 @@ from workflow.errors import (
 from workflow.journal import Event, Journal, Loaded, Write
 from workflow.lanes import Lane
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
-from workflow.state import Record, StepStatus, after_failure, child_id, idempotency_key, remaining_wait_s, replay
+from workflow.state import Record, RunStatus, StepStatus, after_failure, child_id, idempotency_key, remaining_wait_s, replay
 from workflow.values import Artifact, ObjectReader, decode, digest, encode, iso, loads
 
 __all__ = ["Ending", "Execution", "Outside", "Services"]
@@ -107,7 +107,7 @@ class Ending:
     """
 
     kind: Literal["ended", "parked", "paused", "stopped", "broken"]
-    status: str = ""
+    status: RunStatus | Literal[""] = ""
     output: str | None = None
     error: str | None = None
     wake_due: float | None = None

@@ -560,7 +560,7 @@ async def test_concurrency_priority_and_rate_of_a_flow_hold(engine: Engine) -> N
     began = engine.timers.clock.monotonic()
     for run in runs:
         await run.result()
-    assert order == [0, 1, 2, 3, 4]
+    assert [set(order[:2]), set(order[2:4]), order[4]] == [{0, 1}, {2, 3}, 4]
     assert engine.timers.clock.monotonic() - began >= 120
 
 
