@@ -51,7 +51,7 @@ def main(flags: dict[str, str], arguments: Sequence[str]) -> int:
 
 
 def _print(flags: dict[str, str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
-    """Print rows: a table on a terminal, plain columns elsewhere, objects with -json."""
+    """Print rows as a table, with long texts cut; whole and as objects with -json."""
     if flags.get("json") == "true":
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return 0
@@ -60,10 +60,10 @@ def _print(flags: dict[str, str], columns: Sequence[str], rows: Sequence[Sequenc
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=60)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    Console(soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table)
     return 0
 
 

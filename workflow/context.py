@@ -187,6 +187,15 @@ class Step(Generic[P, R]):
         )
 
 
+class _Decorator(Protocol):
+    """What `@step(...)` makes of a function. What a plain function returns depends on the flow: an async one awaits it."""
+
+    @overload
+    def __call__(self, function: Callable[P, Awaitable[R]], /) -> Callable[P, Awaitable[R]]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, Any]: ...
+
+
 class _StepApi:
     """`@step`, and what acts on the attempt that runs: `step.key()`, `step.usage()`, and `step.call()` for functions of others."""
 
@@ -217,7 +226,7 @@ class _StepApi:
         durability: Durability = "local",
         repeat: bool = True,
         overlap: bool = False,
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    ) -> _Decorator: ...
 
     def __call__(
         self,

@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -262,10 +263,19 @@ class CrashMachine(RuleBasedStateMachine):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def crash_machine(scenario: Scenario, **settings: Any) -> type[CrashMachine]:
-    """Return a Hypothesis machine for a scenario. It may crash more often than a run may without progress, so nothing is quarantined."""
-    settings.setdefault("max_crashes", 1_000_000)
-    return type("CrashMachineOfScenario", (CrashMachine,), {"scenario": staticmethod(scenario), "settings_of_engine": settings})
+def crash_machine(scenario: Scenario, *, examples: int = 10, crashes: int = 4, **settings_of_engine: Any) -> type[CrashMachine]:
+    """Return a Hypothesis machine for a scenario.
+
+    Args:
+        examples: so many runs, each with up to `crashes` crashes.
+        settings_of_engine: for `Engine`. It may crash more often than a run may without progress, so nothing is quarantined.
+    """
+    settings_of_engine.setdefault("max_crashes", 1_000_000)
+    made: type[CrashMachine] = type(
+        "CrashMachineOfScenario", (CrashMachine,), {"scenario": staticmethod(scenario), "settings_of_engine": settings_of_engine}
+    )
+    made.TestCase.settings = settings(max_examples=examples, stateful_step_count=crashes, deadline=None)
+    return made
 
 
 def replay_recorded(path: Path, flow: Callable[..., Any], folder: Path) -> tuple[str, str | None]:
