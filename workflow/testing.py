@@ -31,7 +31,17 @@ from workflow.engine import Engine
 from workflow.errors import RunFailed, WorkflowError
 from workflow.state import ENDED
 
-__all__ = ["CrashMachine", "CrashReport", "VirtualClock", "crash_everywhere", "crash_machine", "replay_recorded", "start", "virtual_engine"]
+__all__ = [
+    "CrashMachine",
+    "CrashReport",
+    "VirtualClock",
+    "crash_everywhere",
+    "crash_machine",
+    "replay_recorded",
+    "run_to_crash",
+    "start",
+    "virtual_engine",
+]
 
 Scenario = Callable[[Engine], Awaitable[Any]]
 
@@ -141,8 +151,11 @@ def start(flow: Callable[..., Any], *args: Any, id: str = "it", events: tuple[tu
     return scenario
 
 
-async def _once(folder: Path, scenario: Scenario, at: int | None, settings: dict[str, Any]) -> tuple[bool, Any, int]:
-    """Run a scenario, and crash at a commit; returns (whether it came to its end, its answer, commits)."""
+async def run_to_crash(folder: Path, scenario: Scenario, at: int | None, settings: dict[str, Any]) -> tuple[bool, Any, int]:
+    """Run a scenario on a virtual clock, and crash at a commit: odd numbers before it, even ones after it; never for None.
+
+    Returns (whether it came to its end, its answer, how many points there were). `settings` are for `Engine`.
+    """
     faults = _Faults(at)
     clock = VirtualClock()
     chosen: dict[str, Any] = {"clock": clock, "synchronous": "OFF", "park_after_s": 0.0, "random": Random(1)} | settings
@@ -202,17 +215,17 @@ def crash_everywhere(
         AssertionError: an answer differs, or a step that was recorded ran again.
     """
     asked = bodies or list
-    whole, answer, count = asyncio.run(_once(folder / "whole", scenario, None, settings))
+    whole, answer, count = asyncio.run(run_to_crash(folder / "whole", scenario, None, settings))
     assert whole
     asked()
     report = CrashReport(points=count, expected=answer if expected is None else expected)
     for at in points(count) if points else range(1, count + 1):
         place = folder / f"at-{at}"
-        ended, found, _ = asyncio.run(_once(place, scenario, at, settings))
+        ended, found, _ = asyncio.run(run_to_crash(place, scenario, at, settings))
         done = recorded(place)
         asked()
         if not ended:
-            ended, found, _ = asyncio.run(_once(place, scenario, None, settings))
+            ended, found, _ = asyncio.run(run_to_crash(place, scenario, None, settings))
         again = [key for key in asked() if key.partition("@")[2].partition("/")[2] in done.get(key.partition("@")[0], ())]
         report.repeated += again
         report.tried += 1
@@ -242,21 +255,21 @@ class CrashMachine(RuleBasedStateMachine):
     @initialize()
     def uninterrupted(self) -> None:
         """Find out what is expected."""
-        _, self._expected, _ = asyncio.run(_once(self._folder / "whole", type(self).scenario, None, self.settings_of_engine))
+        _, self._expected, _ = asyncio.run(run_to_crash(self._folder / "whole", type(self).scenario, None, self.settings_of_engine))
 
     @rule(at=st.integers(1, 60))
     def crash(self, at: int) -> None:
         """Go on, and crash at a commit, if it comes so far."""
         if self._is_over:
             return
-        self._is_over, answer, _ = asyncio.run(_once(self._folder / "crashed", type(self).scenario, at, self.settings_of_engine))
+        self._is_over, answer, _ = asyncio.run(run_to_crash(self._folder / "crashed", type(self).scenario, at, self.settings_of_engine))
         assert not self._is_over or answer == self._expected
 
     def teardown(self) -> None:
         """Let it come to its end."""
         try:
             if not self._is_over and hasattr(self, "_expected"):
-                ended, answer, _ = asyncio.run(_once(self._folder / "crashed", type(self).scenario, None, self.settings_of_engine))
+                ended, answer, _ = asyncio.run(run_to_crash(self._folder / "crashed", type(self).scenario, None, self.settings_of_engine))
                 assert ended
                 assert answer == self._expected
         finally:

@@ -266,6 +266,33 @@ async def test_a_transaction_that_takes_too_long_is_rolled_back(engine: Engine) 
     assert await (await engine.start(endless_transaction)).result() == "TimeoutError 1"
 
 
+@flow
+async def races(seconds: list[float]) -> list[str]:
+    """What each branch sees of the others becomes input of its next step: on replay that must be the same, or the run diverges."""
+    seen: list[int] = []
+
+    async def branch(number: int, wait: float) -> None:
+        for _ in range(3):
+            await sample.slow(wait)
+            seen.append(number)
+            await sample.upper(str(seen))
+
+    await asyncio.gather(*(branch(number, wait) for number, wait in enumerate(seconds)))
+    late = [asyncio.ensure_future(sample.slow(wait * 50)) for wait in seconds]
+    done, _ = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(late)
+    await sample.upper(str(len(done)))
+    await sleep(60)
+    return [await sample.upper(str(seen))]
+
+
+@engine_test
+async def test_races_between_branches_replay_in_the_recorded_order(engine: Engine) -> None:
+    for number, seconds in enumerate(([0.0, 0.0, 0.0, 0.0], [0.004, 0.002, 0.001, 0.0], [0.001, 0.0, 0.001, 0.0])):
+        run = await engine.start(races, seconds, id=f"race-{number}")
+        assert len(await run.result()) == 1
+
+
 # -- names and values ----------------------------------------------------------------------------------------------------------------
 
 
