@@ -19,6 +19,7 @@ DBOS takes part where `import dbos` works (`pip install dbos==3.4.0`). The *floo
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -126,8 +127,10 @@ async def ours(folder: Path, case: str, count: int) -> None:
         case "parked":
             async with Engine(folder / "runs", park_after_s=0.0, synchronous="OFF") as engine:
                 await _all_parked(engine, waits, 200)
+                gc.collect()
                 before = rss_bytes()
                 await _all_parked(engine, waits, count)
+                gc.collect()
                 emit(bytes_per_parked_run=(rss_bytes() - before) / count)
         case "asleep":
             async with Engine(folder / "runs", park_after_s=0.0, synchronous="OFF") as engine:
@@ -176,10 +179,10 @@ async def ours(folder: Path, case: str, count: int) -> None:
 
 
 async def _all_parked(engine: Any, waits: Callable[[], Awaitable[None]], count: int) -> None:
-    runs = [await engine.start(waits) for _ in range(count)]
-    while any([(await run.status()) != "waiting" for run in runs[-100:]]):
-        await asyncio.sleep(0.05)
-    while engine.parked < len(runs):
+    wanted = engine.parked + count
+    for _ in range(count):
+        await engine.start(waits)
+    while engine.parked < wanted:
         await asyncio.sleep(0.05)
 
 

@@ -287,7 +287,6 @@ class Engine:
         await self._close()
 
     async def _recover(self) -> None:
-        self._arrival = await self._intake.do(ik.next_arrival)
         now = self._now()
         for id, status, wake_at, since, flow in await self._intake.do(ik.live):
             # Before `since` the clock has gone back: let the run itself say how long it waits.
@@ -402,7 +401,7 @@ class Engine:
         runs_now = id not in self._active and not self._queued.get(flow.name) and self._has_place(flow) and self._take_rate(flow)
         if runs_now:
             self._reserved += 1
-        self._arrival += 1
+        self._arrive()
         run = Indexed(
             id,
             flow.name,
@@ -545,7 +544,7 @@ class Engine:
             Unreadable: it is not an instance file.
         """
         instance = (await asyncio.to_thread(jr.read, self._path(check_id(id, longest=200)))).instance
-        self._arrival += 1
+        self._arrive()
         status = instance.status if instance.status in ENDED else "running"
         run = Indexed(
             id, instance.flow, status, None, instance.priority, self._arrival, instance.input_sha256, instance.parent_id, instance.error,
@@ -984,7 +983,7 @@ class Engine:
         finally:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{temporary}{suffix}").unlink(missing_ok=True)
-        self._arrival += 1
+        self._arrive()
         run = Indexed(
             new,
             instance.flow,
@@ -1035,6 +1034,10 @@ class Engine:
 
     def _now(self) -> str:
         return iso(self._clock.now())
+
+    def _arrive(self) -> None:
+        """Take the next place in the queue: by time, so that it need not be looked for after a restart."""
+        self._arrival = max(self._arrival + 1, self._now_ms() * 1000)
 
     def _wall(self, due: float | None) -> str | None:
         """Return a monotonic time as the wall clock will have it."""

@@ -187,13 +187,15 @@ def live(db: sqlite3.Connection) -> list[tuple[str, str, str | None, str | None,
 
 
 def flows_queued(db: sqlite3.Connection) -> list[str]:
-    """Return the flows that have runs in the queue."""
-    return [flow for (flow,) in db.execute("SELECT DISTINCT flow FROM wf_index WHERE status = 'queued'")]
-
-
-def next_arrival(db: sqlite3.Connection) -> int:
-    found: int = db.execute("SELECT coalesce(max(arrival), 0) + 1 FROM wf_index").fetchone()[0]
-    return found
+    """Return the flows that have runs in the queue: one look into the index for each, however many runs there are."""
+    found: list[str] = []
+    while True:
+        row = db.execute(
+            "SELECT flow FROM wf_index WHERE status = 'queued' AND flow > ? ORDER BY flow LIMIT 1", (found[-1] if found else "",)
+        ).fetchone()
+        if row is None:
+            return found
+        found.append(row[0])
 
 
 def ended_before(db: sqlite3.Connection, at: str, limit: int) -> list[str]:
