@@ -213,7 +213,7 @@ def _converter(kind: Any) -> Callable[[Any], Any] | None:
         return _one_of(arguments)
     if origin in (typing.Union, types.UnionType):
         return _union([_converter(item) for item in arguments])
-    if origin in (list, set, frozenset, Sequence, Iterable) or (origin is tuple and arguments[-1:] == (Ellipsis,)):
+    if origin in (list, Sequence, Iterable) or (origin is tuple and arguments[-1:] == (Ellipsis,)):
         return _many(list if origin in (Sequence, Iterable) else origin, _converter(arguments[0]))
     if origin is tuple:
         return _tuple([_converter(item) for item in arguments])
