@@ -145,6 +145,7 @@ class Replication:
         if owner != name:
             if owner is not None:
                 self._move_aside()
+                (host / "successor").touch()
             data = json.dumps({"folder": name, "machine": socket.gethostname(), "since": iso(datetime.now(UTC))}).encode()
             try:
                 self._client.put_control(object_name, data, if_match=etag, if_absent=etag is None)
@@ -153,6 +154,11 @@ class Replication:
             log.info("runs taken over root=%s before=%s", self._client.url, owner)
         if not (host / "intake.db").exists():
             self._restore(f"_hosts/{self._host}", host / "intake.db")
+
+    @property
+    def is_successor(self) -> bool:
+        """Whether runs may be on the replica that the intake does not know: starts that another owner had not stored when it was lost."""
+        return (self._folder / ".host" / "successor").exists()
 
     def _move_aside(self) -> None:
         """What is here was overtaken by another folder: keep it, but out of the way."""

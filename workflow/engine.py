@@ -42,9 +42,10 @@ from workflow.intake import Indexed, Intake, Request
 from workflow.journal import Event, Faults, Instance, Journal, Loaded
 from workflow.lanes import Lane, Lanes
 from workflow.objects import LocalObjects, Objects, Reader
+from workflow.recording import Idle, Services
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, RunStatus, check_id, ulid
 from workflow.values import digest, encode, iso, loads
-from workflow.worker import Ending, Execution, Services
+from workflow.worker import Ending, Execution
 
 if TYPE_CHECKING:
     from workflow.durability import Replication
@@ -735,13 +736,13 @@ class Engine:
         finally:
             self._claiming = False
 
-    def _on_idle(self, execution: Execution) -> None:
+    def _on_idle(self, execution: Idle) -> None:
         if self._ready or any(self._queued.values()):
             self._loop.call_soon(execution.park)
         else:
             self._loop.call_later(self._park_after_s, self._park_if_still, execution, execution.idle_count)
 
-    def _park_if_still(self, execution: Execution, count: int) -> None:
+    def _park_if_still(self, execution: Idle, count: int) -> None:
         if execution.is_idle and execution.idle_count == count:
             execution.park()
 
@@ -846,7 +847,8 @@ class Engine:
                 applied.add(request.id)
 
     async def _open(self, id: str, lane: Lane, start: Request | None) -> tuple[Journal, Loaded, dict[str, str]]:
-        path = self._path(id) if start is not None else await self._local(id)
+        is_known_here = start is not None and not (self._replication is not None and self._replication.is_successor)
+        path = self._path(id) if is_known_here else await self._local(id)
         if start is None and not path.exists():
             requests = await self._intake.do(functools.partial(ik.requests_of, id=id))
             start = next((request for request in requests if request.kind == "start"), None)
