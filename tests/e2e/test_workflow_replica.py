@@ -103,6 +103,25 @@ def test_another_machine_goes_on_from_the_replica_alone(tmp_path: Path) -> None:
     assert [key.rpartition("/")[2] for key in sample.take_ran()] == ["measure#1"]
 
 
+def test_a_start_that_was_lost_with_a_machine_finds_its_run_on_the_replica(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/root"
+
+    async def on(folder: Path, *, approve: bool) -> object:
+        async with Engine(folder, replica=url) as engine:
+            run = await engine.start(with_report, "hello", id="it")
+            if approve:
+                await run.send("approval", True)
+                return await run.result()
+            return await status_is(engine, "it", "waiting")
+
+    asyncio.run(on(tmp_path / "a", approve=False))
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "root" / "_hosts" / "main" / "ltx")  # what the intake had not stored yet
+    sample.take_ran()
+    assert asyncio.run(on(tmp_path / "b", approve=True)) == ["HELLO", True, (1 << 20) + 7]
+    assert [key.rpartition("/")[2] for key in sample.take_ran()] == ["measure#1"]
+
+
 def test_a_folder_that_was_overtaken_is_moved_aside_and_not_mixed_in(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/root"
 
