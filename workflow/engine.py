@@ -466,9 +466,10 @@ class Engine:
 
     async def indexed(self, id: str) -> Indexed | None:
         """Return a run."""
-        found = await self._intake.do(functools.partial(ik.one, id=id))
         active = self._active.get(id)
-        return replace(found, status=active.ended) if found is not None and active is not None and active.ended else found
+        ended = active.ended if active is not None else None  # before asking: when it is gone, the index has its end
+        found = await self._intake.do(functools.partial(ik.one, id=id))
+        return replace(found, status=ended) if found is not None and ended is not None else found
 
     async def ending(self, id: str) -> tuple[str, str | None, str | None]:
         """Wait for a run's end."""
@@ -573,7 +574,7 @@ class Engine:
         finally:
             self._pending -= 1
 
-    async def _for_instance(self, request: Request) -> None:
+    async def _for_instance(self, request: Request, tries: int = 10) -> None:
         found = await self.indexed(request.instance)
         if found is None:
             raise Refused(request.instance, "there is no such run")
@@ -592,9 +593,10 @@ class Engine:
         parked = self._parked.get(request.instance)
         if parked is not None and parked.is_paused and request.kind not in ("resume", "cancel"):
             return  # it is read when the run comes back
-        if found.status == "queued":
-            return
-        self._wake(request.instance)
+        if parked is not None:
+            self._wake(request.instance)
+        elif found.status != "queued" and request.instance not in self._ready_ids and self._is_wanted(request.instance) and tries:
+            await self._for_instance(request, tries - 1)  # it has ended since we asked
 
     async def _apply(self, id: str, active: _Active, request: Request) -> None:
         """Let a run in memory record a request; then the intake may forget it."""

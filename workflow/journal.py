@@ -448,7 +448,7 @@ def _load(db: sqlite3.Connection, path: Path) -> Loaded:
                 "SELECT s.number, j.name, j.value FROM wf_state j JOIN wf_steps s ON s.seq = j.step_seq WHERE s.number IS NOT NULL"
             ):
                 state.setdefault(number, []).append((name, value))
-            asked = db.execute("SELECT kind FROM wf_control WHERE kind IN ('pause', 'resume') ORDER BY applied_at DESC, id DESC LIMIT 1")
+            asked = db.execute("SELECT kind FROM wf_control ORDER BY applied_at DESC, id DESC LIMIT 1")
             paused = [kind for (kind,) in asked] == ["pause"]
         finally:
             db.execute("ROLLBACK")

@@ -178,7 +178,7 @@ class Recording:
         self._calm = 0
         self._starved: asyncio.TimerHandle | None = None
         self._unwinding: Literal["", "park", "pause", "stop", "break", "diverge", "cancel", "end"] = ""
-        self._is_paused = False
+        self._is_paused = loaded.paused
         self._is_stopping = False
         self._cancel_next = False
         self._failure: BaseException | None = None

@@ -447,6 +447,28 @@ async def test_pause_holds_timers_and_events_until_resume(engine: Engine) -> Non
     assert await run.result() == "True DONE"
 
 
+def test_a_pause_that_the_index_does_not_know_yet_holds_after_a_crash(tmp_path: Path) -> None:
+    async def first() -> None:
+        async with virtual_engine(tmp_path) as engine:
+            run = await engine.start(sample.waits, id="it")
+            await status_is(run, "waiting")
+            await run.pause()
+            await status_is(run, "paused")
+
+    async def second() -> str:
+        async with virtual_engine(tmp_path) as engine:
+            await status_is(engine.run("it"), "paused")
+            await engine.run("it").send("approval", True)
+            await engine.run("it").resume()
+            return str(await engine.run("it").result())
+
+    asyncio.run(first())
+    with contextlib.closing(sqlite3.connect(tmp_path / ".host" / "intake.db")) as db:
+        db.execute("UPDATE wf_index SET status = 'running'")
+        db.commit()
+    assert asyncio.run(second()) == "True DONE"
+
+
 @engine_test
 async def test_cancel_wakes_a_parked_run_and_lets_it_clean_up(engine: Engine) -> None:
     run = await engine.start(sample.cleans_up)
