@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage. Errors are one line, with the next 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from replicator.cli import (
     standby,
     top,
     verify,
+    workflow,
 )
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
@@ -84,6 +86,8 @@ def version(flags: dict[str, str], arguments: list[str]) -> int:
 
 
 def demo(flags: dict[str, str], arguments: list[str]) -> int:
+    if arguments[:1] == ["workflow"]:
+        return int(importlib.import_module("workflow.demo").run(arguments[1:], keep=flags.get("keep") == "true"))
     if len(arguments) > 1:
         raise UsageError("give one replica URL at most")
     seconds = duration_flag(flags, "duration", 5.0) or 0.0
@@ -109,10 +113,12 @@ COMMANDS = {
     **local.COMMANDS,
     **control.COMMANDS,
     "top": top.COMMAND,
+    "wf": workflow.COMMAND,
     "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
     "demo": Command(
-        "pyrepl demo [-duration D] [-keep] [URL]",
-        "Write, replicate, kill, delete, restore, compare; about ten seconds.",
+        "pyrepl demo [-duration D] [-keep] [workflow] [URL]",
+        "Write, replicate, kill, delete, restore, compare; about ten seconds.\n\n"
+        "demo workflow: an agent on one machine is killed, and goes on on another.",
         ("keep",),
         ("duration",),
         demo,

@@ -1,0 +1,33 @@
+"""`pyrepl wf`: the command line of the workflow layer, which lives in a package of its own and is loaded when this runs."""
+
+from __future__ import annotations
+
+import importlib
+
+from replicator.cli.output import fail
+from replicator.cli.parse import Command, UsageError
+
+__all__ = ["COMMAND"]
+
+
+def run(flags: dict[str, str], arguments: list[str]) -> int:
+    cli, errors = importlib.import_module("workflow.cli"), importlib.import_module("workflow.errors")
+    try:
+        return int(cli.main(flags, arguments))
+    except cli.Usage as error:
+        raise UsageError(str(error)) from None
+    except errors.WorkflowError as error:
+        return fail(str(error), error.hint)
+    except ImportError as error:
+        return fail(f"cannot import the flows: {error}", "give the name of a module that is found from here")
+
+
+COMMAND = Command(
+    "pyrepl wf list|show|timeline|calls|decisions|send|cancel|pause|resume|fork|verify|gc|run FOLDER [ID ...] [-json]",
+    "Look at durable workflows, and ask their engine for something.\n\n"
+    "  list [-status S]; show, timeline, calls, decisions ID; send [-id I] [-sender S] ID TYPE [JSON]; cancel, pause, resume ID;\n"
+    "  fork ID STEP [NEW-ID]; verify [ID]; gc [-keep-days N]; run -flows MODULE ID: run one to its next wait or its end.",
+    ("json",),
+    ("status", "id", "sender", "keep-days", "flows"),
+    run,
+)

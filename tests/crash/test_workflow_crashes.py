@@ -1,0 +1,44 @@
+"""A crash before and after every commit of the sample flows: the result is that of an uninterrupted run, and nothing recorded runs again."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.sampleflows import SCENARIOS, take_ran
+from workflow.testing import crash_everywhere, recorded, run_to_crash
+
+
+def _some(count: int) -> list[int]:
+    """A few points of each flow, others for each length, so that all kinds come up without trying all."""
+    return sorted({1 + (count * share) // 7 + count % 3 for share in range(6)} & set(range(1, count + 1)))
+
+
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
+def test_a_crash_at_some_commits_changes_nothing(name: str, tmp_path: Path) -> None:
+    report = crash_everywhere(tmp_path, SCENARIOS[name], bodies=take_ran, points=_some)
+    assert report.tried >= 4
+
+
+def test_a_branch_that_a_recorded_failure_cancels_does_not_run_again(tmp_path: Path) -> None:
+    """Its last step has no record: only the order of things says that it must not begin."""
+    tried = 0
+    _, _, count = asyncio.run(run_to_crash(tmp_path / "whole", SCENARIOS["group_fails"], None, {}))
+    for at in range(1, count + 1):
+        place = tmp_path / f"at-{at}"
+        asyncio.run(run_to_crash(place, SCENARIOS["group_fails"], at, {}))
+        if "1/boom#1" in recorded(place).get("it", ()):
+            take_ran()
+            asyncio.run(run_to_crash(place, SCENARIOS["group_fails"], None, {}))
+            assert not [key for key in take_ran() if "slow" in key]
+            tried += 1
+    assert tried >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
+def test_a_crash_at_every_commit_changes_nothing(name: str, tmp_path: Path) -> None:
+    report = crash_everywhere(tmp_path, SCENARIOS[name], bodies=take_ran)
+    assert report.tried == report.points

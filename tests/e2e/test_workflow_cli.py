@@ -1,0 +1,154 @@
+"""`pyrepl wf` over a folder with an engine, and without one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicator.cli import main
+from tests import sampleflows as sample
+from workflow import Engine
+from workflow.testing import virtual_engine
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two runs that ended, one that waits."""
+
+    async def run() -> None:
+        async with virtual_engine(tmp_path / "agents") as engine:
+            await (await engine.start(sample.chain, 1, id="done-1")).result()
+            await (await engine.start(sample.transacts, id="done-2")).result()
+            waiting = await engine.start(sample.waits, id="waits-1")
+            while await waiting.status() != "waiting":
+                await asyncio.sleep(0.005)
+
+    asyncio.run(run())
+    return tmp_path / "agents"
+
+
+def wf(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main(["wf", *arguments, "-json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_reading_needs_no_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {row["id"]: row["status"] for row in wf(capsys, "list", str(folder))} == {
+        "done-1": "done",
+        "done-2": "done",
+        "waits-1": "waiting",
+    }
+    assert [row["id"] for row in wf(capsys, "list", str(folder), "-status", "waiting")] == ["waits-1"]
+    shown = wf(capsys, "show", str(folder), "waits-1")
+    assert (shown["status"], shown["waits_for"]) == ("waiting", ["receive#1 (receive)"])
+    steps = wf(capsys, "timeline", str(folder), "done-1")
+    assert [(row["step"], row["result"]) for row in steps] == [(f"add#{n}", str(1 + sum(range(n)))) for n in range(1, 6)]
+    assert wf(capsys, "calls", str(folder), "done-1") == wf(capsys, "decisions", str(folder), "done-1") == []
+    assert [row["verdict"] for row in wf(capsys, "verify", str(folder))] == ["ok"] * 3
+    assert main(["wf", "timeline", str(folder), "done-2"]) == 0
+    assert "book#1" in capsys.readouterr().out
+
+
+def test_requests_wait_for_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wf(capsys, "send", str(folder), "waits-1", "approval", "true", "-sender", "kim")
+    wf(capsys, "fork", str(folder), "done-1", "add#3", "again")
+    asked = wf(capsys, "cancel", str(folder), "done-1")
+    assert (asked[0]["run"], asked[0]["kind"]) == ("done-1", "cancel")
+
+    async def go_on() -> tuple[Any, Any]:
+        async with Engine(folder, synchronous="OFF") as engine:
+            return await engine.run("waits-1").result(), await engine.run("again").result()
+
+    assert asyncio.run(go_on()) == ("True DONE", 11)
+    (decision,) = wf(capsys, "decisions", str(folder), "waits-1")
+    assert (decision["question"], decision["answer"], decision["by"]) == ("approval", "true", "kim")
+
+
+def test_gc_deletes_what_ended_and_keeps_the_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wf(capsys, "gc", str(folder)) == []  # they ended just now: in 2030, by the virtual clock
+    assert wf(capsys, "gc", str(folder), "-keep-days", "-10000") == [{"deleted": "done-1"}, {"deleted": "done-2"}]
+    assert not (folder / "done-1.db").exists()
+    assert (folder / "waits-1.db").exists()
+    assert wf(capsys, "gc", str(folder), "-keep-days", "-10000") == []
+
+    async def ask() -> str:
+        async with Engine(folder, synchronous="OFF") as engine:
+            with pytest.raises(Exception, match="its file was deleted") as error:
+                await (await engine.start(sample.chain, 1, id="done-1")).result()
+            return str(error.value)
+
+    assert "done-1" in asyncio.run(ask())
+
+
+def test_damage_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "done-1.db"
+    data = bytearray(path.read_bytes())
+    data[4096 * 3 : 4096 * 3 + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    assert main(["wf", "verify", str(folder), "done-1"]) == 1
+    assert "ok" not in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["list", "/nowhere"], "no engine ever ran there", 1),
+        (["show", "FOLDER", "nobody"], "no such run", 1),
+        (["show", "FOLDER", "../x"], "not a usable id", 1),
+        (["send", "FOLDER", "waits-1", "approval", "yes"], "texts want quotes", 2),
+        (["show", "FOLDER"], "show takes a folder ID", 2),
+        (["dance", "FOLDER"], "say one of list, show", 2),
+        (["run", "FOLDER", "waits-1"], "-flows MODULE", 2),
+        (["run", "FOLDER", "waits-1", "-flows", "no_such_module"], "cannot import the flows", 1),
+    ],
+)
+def test_errors_say_what_to_do(arguments: list[str], words: str, code: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wf", *(str(folder) if item == "FOLDER" else item for item in arguments)]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_one_run_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Started by a client, run to its wait, sent an event, run to its end: each time by a process that exits."""
+    (tmp_path / "myflows.py").write_text(
+        textwrap.dedent(
+            """
+            from workflow import flow, receive, step
+
+            @step
+            def greet(name: str) -> str:
+                return f"hello {name}"
+
+            @flow
+            async def greeting() -> str:
+                return greet.function(await receive("name", str)) + "!"
+            """
+        )
+    )
+    folder = tmp_path / "agents"
+
+    async def make() -> None:
+        async with Engine(folder, concurrency=0):
+            pass
+
+    asyncio.run(make())
+
+    def pyrepl(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "replicator", "wf", *arguments]
+        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60, check=False)
+
+    from workflow import Client
+
+    asyncio.run(Client(folder).start("greeting", id="g"))
+    first = pyrepl("run", str(folder), "g", "-flows", "myflows", "-json")
+    assert (first.returncode, json.loads(first.stdout)) == (0, [{"run": "g", "status": "waiting"}]), first.stderr
+    assert pyrepl("send", str(folder), "g", "name", '"kim"').returncode == 0
+    second = pyrepl("run", str(folder), "g", "-flows", "myflows", "-json")
+    assert json.loads(second.stdout) == [{"run": "g", "status": "done"}], second.stderr
+    assert asyncio.run(Client(folder).run("g").result()) == "hello kim!"

@@ -1,0 +1,163 @@
+"""Values as JSON and back, keys, ids, and the pure decisions."""
+
+from __future__ import annotations
+
+import enum
+import json
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow import Fatal, Retry
+from workflow.errors import NotJSON
+from workflow.state import Record, after_failure, check_id, child_id, remaining_wait_s, replay, step_key, ulid
+from workflow.values import Artifact, Signature, decode, encode
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(json_values)
+def test_plain_json_comes_back_as_it_was(value: Any) -> None:
+    assert decode(Any, encode(value, "value")[0], "value") == value
+
+
+class Size(enum.Enum):
+    SMALL = 1
+    LARGE = 2
+
+
+class Point(NamedTuple):
+    x: int
+    y: float
+
+
+class Options(TypedDict, total=False):
+    deep: bool
+    when: datetime
+
+
+@dataclass(frozen=True)
+class Box:
+    size: Size
+    at: Point
+    tags: tuple[str, ...] = ()
+    inner: Box | None = None
+    made: datetime = datetime(2030, 1, 1, tzinfo=UTC)
+    notes: dict[int, list[str]] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Box, Box(Size.LARGE, Point(1, 2.5), inner=Box(Size.SMALL, Point(0, 0.0)), notes={3: ["a"]})),
+        (list[Size], [Size.SMALL, Size.LARGE]),
+        (tuple[int, str], (1, "a")),
+        (tuple[int, ...], (1, 2, 3)),
+        (Options, {"deep": True, "when": datetime(2030, 1, 1, tzinfo=UTC)}),
+        (date | None, date(2030, 1, 1)),
+        (date | None, None),
+        (timedelta, timedelta(days=3)),
+        (uuid.UUID, uuid.UUID(int=5)),
+        (Path, Path("a/b")),
+        (Literal["a", 1], 1),
+        (int | str, "text"),
+    ],
+)
+def test_annotated_values_come_back_in_their_type(kind: Any, value: Any) -> None:
+    found = decode(kind, encode(value, "value")[0], "value")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (int, '"1"'),
+        (int, "true"),
+        (str, "1"),
+        (Box, '{"size": 3, "at": [1, 2]}'),
+        (Box, '{"size": 1, "at": [1, 2], "evil": 1}'),
+        (Box, '{"size": 1}'),
+        (Literal["a"], '"b"'),
+        (list[int], '{"a": 1}'),
+        (date, '"tomorrow"'),
+        (int | None, '"x"'),
+        (Artifact, '{"$artifact": "../../etc/passwd", "size": 1, "media_type": "x", "home": "y"}'),
+    ],
+)
+def test_what_does_not_fit_its_annotation_is_an_error(kind: Any, text: str) -> None:
+    with pytest.raises(NotJSON, match="value"):
+        decode(kind, text, "value")
+
+
+def test_no_class_is_made_by_a_name_in_the_data() -> None:
+    text = json.dumps({"__class__": "os.system", "py/object": "subprocess.Popen", "$artifact": "0" * 64})
+    assert decode(Any, text, "value") == json.loads(text)
+
+
+def test_arguments_are_recorded_by_name_and_come_back() -> None:
+    def function(first: int, *rest: Size, last: str = "z", **more: Point) -> None: ...
+
+    signature = Signature(function, "function")
+    text, _ = signature.encode((1, Size.SMALL, Size.LARGE), {"last": "x", "at": Point(1, 2.0)})
+    assert json.loads(text) == {"first": 1, "rest": [1, 2], "last": "x", "more": {"at": [1, 2.0]}}
+    assert signature.decode(text, None) == ((1, Size.SMALL, Size.LARGE), {"last": "x", "at": Point(1, 2.0)})
+    with pytest.raises(TypeError):
+        signature.encode((), {})
+
+
+@given(st.integers(1, 50), st.floats(0, 100), st.floats(1, 10), st.floats(0, 1000))
+def test_a_delay_is_never_longer_than_its_bounds(attempt: int, first: float, factor: float, cap: float) -> None:
+    retry = Retry(attempts=100, first=first, factor=factor, cap=cap)
+    assert 0 <= retry.delay_s(attempt, Random(attempt)) <= min(cap, first * factor ** (attempt - 1)) * (1 + 1e-9)
+
+
+def test_retries_end_with_their_number_with_fatal_and_by_the_predicate() -> None:
+    retry = Retry(attempts=3, first=2.0, factor=3.0, cap=100.0, jitter=False, on=(ConnectionError, Fatal))
+    assert [after_failure(retry, attempt, ConnectionError(), Random(0)) for attempt in (1, 2, 3)] == [2.0, 6.0, None]
+    assert after_failure(retry, 1, Fatal(), Random(0)) is None
+    assert after_failure(retry, 1, ValueError(), Random(0)) is None
+    assert after_failure(Retry(on=lambda error: "again" in str(error)), 1, ValueError("again"), Random(0)) is not None
+
+
+def test_what_a_record_means_on_replay() -> None:
+    def record(status: Any, repeat: bool = True) -> Record:
+        return Record("a#1", 1, "a", "step", status, input_sha256="x", repeat=repeat)
+
+    assert replay(None, "x") == "run"
+    assert replay(record("done"), "y") == "diverged"
+    assert [replay(record(status), "x") for status in ("done", "failed", "unknown", "cancelled")] == ["deliver"] * 4
+    assert [replay(record(status), "x") for status in ("started", "retrying", "waiting")] == ["run"] * 3
+    assert replay(record("started", repeat=False), "x") == "unknown"
+    assert replay(record("done", repeat=False), "x") == "deliver"
+
+
+def test_a_wait_is_never_longer_than_it_was() -> None:
+    assert [remaining_wait_s(by_clock, 60) for by_clock in (-5, 0, 30, 60, 1e9)] == [0, 0, 30, 60, 60]
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 30), max_size=3), st.sampled_from(["a", "a.b", "c_1"]), st.integers(1, 30)), unique_by=str)
+)
+def test_ids_of_children_are_usable_and_never_the_same(calls: list[tuple[list[int], str, int]]) -> None:
+    keys = [step_key("/".join(map(str, path)), name, ordinal) for path, name, ordinal in calls]
+    ids = [check_id(child_id("parent", key), longest=200) for key in keys]
+    assert len(set(ids)) == len(set(keys))
+    assert len(check_id(child_id("p" * 190, "2/summ#1"), longest=200)) <= 200
+
+
+def test_ulids_sort_by_time() -> None:
+    assert len(ulid(0)) == 26
+    assert ulid(1, 2**80 - 1) < ulid(2, 0)
+    assert ulid(0, 1).endswith("01")
