@@ -23,6 +23,7 @@ from replicator.storage.probe import Conditions, probe_conditional_writes
 from replicator.storage.s3 import S3Client
 from replicator.storage.tree import TreeClient, Write
 from replicator.storage.url import parse_s3_url
+from replicator.testing.conformance import CHECKS, CONDITIONAL, Nonconforming
 from tests.otherservers import OTHER_STORES, fresh_path
 
 KINDS = [
@@ -118,6 +119,16 @@ def test_times_survive_to_the_millisecond(client: ReplicaClient, kind: str) -> N
     [info] = client.list(0, accurate_times=True)
     # SFTP knows whole seconds; exact times stand in the files themselves, but not where they are encrypted.
     assert info.created_at == datetime.fromtimestamp(STAMP // 1000, UTC).replace(microsecond=0 if kind == "age sftp" else 997000)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["memory", "file", "seaweed", "moto", "rclone"], indirect=True)
+def test_the_contract(client: ReplicaClient, kind: str, check: str) -> None:
+    if not creates(kind) and check in CONDITIONAL:
+        with pytest.raises(Nonconforming):
+            CHECKS[check](client)
+        return
+    CHECKS[check](client)
 
 
 def test_metadata_comes_back_in_lower_case(client: ReplicaClient, kind: str) -> None:
