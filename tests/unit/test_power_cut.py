@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import mmap
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -164,16 +163,6 @@ def test_a_page_table_after_a_power_cut_is_a_state_that_it_had_or_known_to_be_no
         pgnos = np.arange(1 + txid % 2, 900 * txid, 2, dtype=np.uint32)
         return pgnos, pgnos.astype(np.uint64) * np.uint64(txid * 7919)
 
-    def act(folder: Path) -> None:
-        table = PageTable.create(folder / "table", lineage=bytes(16), page_size=4096)
-        try:
-            for txid in range(1, 5):
-                table.apply(TXID(txid), *pages(txid), commit=900 * txid, timestamp_ms=txid, position=NO_WAL)
-                if txid == 2:
-                    table.sync()
-        finally:
-            table.close()
-
     states = {TXID(0): b""}
     model = np.zeros(0, dtype=np.uint64)
     for txid in range(1, 5):
@@ -181,18 +170,24 @@ def test_a_page_table_after_a_power_cut_is_a_state_that_it_had_or_known_to_be_no
         pgnos, sums = pages(txid)
         model[pgnos.astype(np.int64) - 1] = sums
         states[TXID(txid)] = model.tobytes()
-    outcomes = set()
-    for disk, _ in cuts(tmp_path, act):
-        table = PageTable.open(disk / "table")
-        if table is None:
-            outcomes.add("none")
-            continue
-        if table.is_intact:
-            outcomes.add(table.state.txid)
-            assert table.get(1, table.state.commit).tobytes() == states[table.state.txid]
-        else:
-            outcomes.add("damaged")
+    folder, outcomes = tmp_path / "folder", set()
+    folder.mkdir()
+    with PowerCut(folder) as power:
+        table = PageTable.create(folder / "table", lineage=bytes(16), page_size=4096)
+        atomic.sync_directory(folder)
+        for txid in range(1, 5):
+            table.apply(TXID(txid), *pages(txid), commit=900 * txid, timestamp_ms=txid, position=NO_WAL)
+            if txid == 2:
+                table.sync()
+        power.cut()
         table.close()
-        shutil.rmtree(disk)
-    assert "damaged" in outcomes
-    assert outcomes >= {"none", 4}
+        for seed in range(40):
+            power.disk(tmp_path / f"{seed}", seed=seed)
+    for seed in range(40):
+        found = PageTable.open(tmp_path / f"{seed}" / "table")
+        assert found is not None
+        outcomes.add(found.state.txid if found.is_intact else "damaged")
+        if found.is_intact:
+            assert found.get(1, found.state.commit).tobytes() == states[found.state.txid]
+        found.close()
+    assert outcomes == {2, 4, "damaged"}
