@@ -44,6 +44,7 @@ def stored(client: S3Client) -> list[int]:
     return [info.max_txid for info in client.list(0)]
 
 
+@pytest.mark.fault("F29")
 @pytest.mark.parametrize(
     ("trouble", "done"),
     [(Trouble.BUSY, False), (Trouble.DROP, False), (Trouble.LOST_REPLY, True), (Trouble.CONFLICT, False)],
@@ -92,6 +93,7 @@ def test_the_contract_holds_where_troubles_are_retried(hostile: HostileS3) -> No
     assert hostile.happened[Trouble.BUSY] > 0
 
 
+@pytest.mark.fault("F28", "F29", "F30", "F33")
 def test_replication_and_restore_come_through_everything_that_an_honest_store_does(hostile: HostileS3, tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", client_of(hostile, max_attempts=2)
     application = connect(database)

@@ -36,10 +36,11 @@ class Bank(CrashRecoveryMachine):
         assert connection.execute("SELECT sum(balance) FROM account").fetchone() == (1000,)
 
 
-TestBank = Bank.TestCase
+TestBank = pytest.mark.fault("F1", "F2", "F29", "F32")(Bank.TestCase)
 TestBank.settings = SETTINGS
 
 
+@pytest.mark.fault("F65")
 def test_an_acknowledgement_before_it_is_stored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Replica.store
 

@@ -158,6 +158,7 @@ def test_the_socket_target_notices_a_defect_in_a_request(monkeypatch: pytest.Mon
         fuzz_socket.check_bytes(b"GET /info HTTP/1.1\r\n\r\n")
 
 
+@pytest.mark.fault("F57")
 def test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]
     text = "\n".join(["dbs: []", *lines])
@@ -171,6 +172,7 @@ def test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.fault("F53")
 def test_a_page_that_claims_to_be_huge_takes_no_memory() -> None:
     page = lz4.block.compress(bytes(16 << 20), store_size=False)
     body = struct.pack(">IHI", 1, 1, len(page)) + page
@@ -185,6 +187,7 @@ def test_a_page_that_claims_to_be_huge_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.fault("F52")
 def test_a_header_of_four_billion_pages_takes_no_memory() -> None:
     tracemalloc.start()
     try:

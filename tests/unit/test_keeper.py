@@ -69,6 +69,7 @@ def test_levels_and_window_with_short_intervals_and_bursts(tmp_path: Path) -> No
     assert simulation.keeper.problems == {}
 
 
+@pytest.mark.fault("F43")
 def test_a_database_without_writes_makes_no_request_and_has_nothing_due(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     simulation.write()
@@ -123,6 +124,7 @@ class Forbidding(CountingClient):
         return super().list(level, **options)
 
 
+@pytest.mark.fault("F39", "F40")
 def test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +144,7 @@ def test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_
     assert len(list_files(simulation.client)[0]) == 1
 
 
+@pytest.mark.fault("F39")
 def test_the_right_to_list_is_not_needed_after_the_start(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path, client=Forbidding())
     simulation.client.forbidden.add("LIST")
@@ -153,6 +156,7 @@ def test_the_right_to_list_is_not_needed_after_the_start(tmp_path: Path) -> None
     assert len(list_files(simulation.client)[0]) <= 6
 
 
+@pytest.mark.fault("F27")
 def test_a_clock_that_was_set_back_stops_deletion_and_nothing_else(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     for _ in range(60):
@@ -174,6 +178,7 @@ def test_a_clock_that_was_set_back_stops_deletion_and_nothing_else(tmp_path: Pat
     assert simulation.keeper.problems == {}
 
 
+@pytest.mark.fault("F27")
 def test_a_clock_that_jumps_forward_delays_deletion(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path, steady=True)
     for _ in range(2 * 1440):
@@ -213,6 +218,7 @@ def test_a_damaged_file_is_left_out_and_a_full_image_follows_at_once(tmp_path: P
     assert len(list_files(simulation.client)[0]) == 1
 
 
+@pytest.mark.fault("F34")
 def test_files_that_somebody_else_deletes_do_not_stop_the_keeper(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     for _ in range(100):
@@ -229,6 +235,7 @@ def test_files_that_somebody_else_deletes_do_not_stop_the_keeper(tmp_path: Path)
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[200][1], 200)
 
 
+@pytest.mark.fault("F28")
 def test_an_outage_delays_the_keeper_and_nothing_is_lost(tmp_path: Path) -> None:
     class Away(CountingClient):
         away = False
@@ -253,6 +260,7 @@ def test_an_outage_delays_the_keeper_and_nothing_is_lost(tmp_path: Path) -> None
     assert simulation.check_every_restorable_txid(tmp_path / "r.db") > 50
 
 
+@pytest.mark.fault("F30")
 def test_what_compaction_stores_is_the_same_again_after_a_crash(tmp_path: Path) -> None:
     """The keeper dies between storing a merged file and noting it: the next one finds the same name with the same bytes."""
     simulation = Simulation(tmp_path)
@@ -338,6 +346,7 @@ def test_a_raw_file_that_vanishes_before_it_was_merged_leads_to_a_full_image_at_
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[10][1], 10)
 
 
+@pytest.mark.fault("F31")
 def test_a_raw_file_that_was_cut_short_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.chain.RETRY_DELAYS_S", ())
     simulation = Simulation(tmp_path)

@@ -48,6 +48,7 @@ def content(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.fault("F2")
 def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     seen = {(content(disk / "file"), returned) for disk, returned in cuts(tmp_path, lambda folder: atomic.write_file(folder / "file", NEW))}
     assert seen == {(OLD, False), (NEW, False), (NEW, True)}
@@ -61,6 +62,7 @@ def test_creating_leaves_nothing_or_the_file(tmp_path: Path) -> None:
     assert seen == {(None, False), (NEW, False), (NEW, True)}
 
 
+@pytest.mark.fault("F65")
 @pytest.mark.parametrize("forgotten", ["the file", "its folder"])
 def test_a_forgotten_sync_is_found_out(tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def sync(file: int) -> None:
@@ -158,6 +160,7 @@ def test_everything_is_as_before_when_the_recording_ends(tmp_path: Path) -> None
     assert mmap.mmap.__module__ == "mmap"
 
 
+@pytest.mark.fault("F2")
 def test_a_page_table_after_a_power_cut_is_a_state_that_it_had_or_known_to_be_none(tmp_path: Path) -> None:
     def pages(txid: int) -> tuple[np.ndarray, np.ndarray]:
         pgnos = np.arange(1 + txid % 2, 900 * txid, 2, dtype=np.uint32)
