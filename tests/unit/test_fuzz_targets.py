@@ -17,6 +17,7 @@ from replicator.errors import ConfigError, FormatError
 from replicator.format.checksum import wal_checksum
 from replicator.format.ltx import TXID, Header, decode_file, encode_file
 from replicator.format.v3 import encode_frame
+from replicator.storage.url import parse_s3_url
 
 LTX = encode_file(Header(512, 3, TXID(1), TXID(4), 7), [(pgno, bytes([pgno]) * 512) for pgno in (1, 2, 3)])
 
@@ -195,3 +196,9 @@ def test_a_header_of_four_billion_pages_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket.min]x.local:9000/x", "s3://bucket.[::1.local:9000/x", "s3://bucket.local:99999/x"])
+def test_a_host_in_a_url_that_is_none_is_refused_when_it_is_read(url: str) -> None:
+    with pytest.raises(ConfigError, match="not an endpoint"):
+        parse_s3_url(url, environ={})
