@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
+BASELINE_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,17 @@ def copied(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
-def run(folder: Path, tests: str) -> bool:
-    """Say whether the tests pass in a copy. One that does not end in time has not passed."""
+def failure(folder: Path, tests: str, timeout_s: float = TIMEOUT_S) -> str:
+    """Run tests in a copy; return how they fail, an empty string when they pass. One that does not end in time has failed."""
     command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "ci"}
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return False
+        return "not ended in time"
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest could not run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+    return done.stdout[-2000:] if done.returncode else ""
 
 
 def mutate(folder: Path, mutant: Mutant) -> str:
@@ -130,13 +131,13 @@ def survivors(word: str = "") -> list[str]:
         folder = Path(name)
         copied(folder)
         tests = sorted({path for mutant in chosen for path in mutant.tests.split()})
-        if not run(folder, " ".join(tests)):
-            raise RuntimeError(f"the tests fail without a mutant: {' '.join(tests)}")
+        if failing := failure(folder, " ".join(tests), BASELINE_TIMEOUT_S):
+            raise RuntimeError(f"the tests fail without a mutant:\n{failing}")
         found = []
         for mutant in chosen:
             started = time.monotonic()
             before = mutate(folder, mutant)
-            survived = run(folder, mutant.tests)
+            survived = not failure(folder, mutant.tests)
             (folder / "replicator" / mutant.file).write_text(before)
             print(f"{'SURVIVED' if survived else 'killed':9} {time.monotonic() - started:5.1f} s  {mutant.name}", flush=True)
             if survived:
