@@ -97,7 +97,8 @@ def copied(folder: Path) -> None:
     """Copy what tests need; the test data are linked."""
     shutil.copytree(ROOT / "replicator", folder / "replicator", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "data"))
-    for name in ("fuzz", "docs", "tests/data", "README.md", "CHANGELOG.md", "pyproject.toml"):
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("fuzz", "docs", "tests/data", "README.md", "CHANGELOG.md"):
         (folder / name).symlink_to(ROOT / name)
 
 
