@@ -63,7 +63,7 @@ MUTANTS = [
         "salts are not looked at again after the first scan", "engine.py", "if first and not self._database.salts_are(position.salts):", "if False:",
         "tests/e2e/test_attach_and_checkpoint.py",
     ),
-    Mutant("pages that grew without a frame are forgotten", "engine.py", "if not len(grown) or len(grown) == int(", "if True or len(grown) == int(", "tests/property/test_replication_machine.py"),
+    Mutant("pages that grew without a frame are forgotten", "engine.py", "if not len(grown) or len(grown) == int(", "if True or len(grown) == int(", f"{LIBRARY} tests/e2e/test_attach_and_checkpoint.py tests/property/test_replication_machine.py"),
     Mutant("the only full image before the window is deleted", "retention.py", "doomed = list(old[:-1])", "doomed = list(old)", RETENTION),
     Mutant("the newest raw file is deleted", "retention.py", "for info in raw[:-1]:", "for info in raw:", RETENTION),
     Mutant("raw files are deleted before they are merged", "retention.py", " or info.max_txid > merged:", ":", RETENTION),

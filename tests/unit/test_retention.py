@@ -81,6 +81,13 @@ def test_nothing_goes_when_the_rest_would_reach_less() -> None:
         safe_to_delete(files, doomed)
 
 
+def test_nothing_goes_when_the_newest_state_would_be_an_older_one() -> None:
+    """No gap opens and no image is left to lead anywhere: only the end of the plan tells."""
+    files = listing(info(0, 1, 1, 900), info(0, 2, 2, 900))
+    with pytest.raises(NonContiguous):
+        safe_to_delete(files, [info(0, 2, 2, 900)])
+
+
 def test_nothing_goes_when_the_chain_is_broken_already() -> None:
     files = listing(info(0, 1, 1, 900), info(0, 2, 2, 900), info(0, 5, 5, 900), info(9, 1, 1, 900), info(1, 1, 1, 900))
     with pytest.raises(NonContiguous):
