@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from replicator import compactor
 from replicator.chain import list_files
 from replicator.compactor import compact
 from replicator.errors import AccessDenied, StorageUnavailable
 from replicator.format.ltx import TXID, decode_file
 from replicator.levels import History
+from replicator.outbox import OutFile
 from tests.simulated import CountingClient, Simulation
 
 DAY, HOUR = 86400.0, 3600.0
@@ -388,3 +393,25 @@ def test_a_file_that_is_stored_while_the_store_is_listed_is_not_forgotten(tmp_pa
     simulation.client.meanwhile = simulation.write
     simulation.replica.relist()
     assert [info.max_txid for info in simulation.replica.listing()[0]] == [1, 2]
+
+
+def test_results_that_are_files_and_no_more_there_afterwards_are_no_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithFiles(Simulation):
+        @contextlib.contextmanager
+        def take_snapshot(self, newer_than: TXID) -> Iterator[OutFile]:
+            with super().take_snapshot(newer_than) as image:
+                path = tmp_path / "image"
+                path.write_bytes(image.body)
+                yield dataclasses.replace(image, body=path)
+                path.unlink()
+
+    monkeypatch.setattr(compactor, "RESULT_BYTES", 0)
+    simulation = WithFiles(tmp_path)
+    for _ in range(20):
+        simulation.write()
+        simulation.advance(60)
+    simulation.advance(DAY)
+    assert simulation.keeper.problems == {}
+    assert (simulation.keeper.counts.failures, simulation.keeper.snapshots) == (0, 1)
+    assert simulation.keeper.compactions > 10
+    assert list((tmp_path / "scratch").iterdir()) == []
