@@ -17,9 +17,22 @@ from typing import Any
 
 from replicator.errors import ConfigError
 from replicator.server import Control, Request, Response, _Handler
+from replicator.storage.measured import Operations
 
 STATUSES = {200, 400, 404, 405, 409, 411, 413, 414, 431, 500, 501, 505}
-ROUTES = ("/start", "/stop", "/sync", "/register", "/unregister", "/txid", "/list", "/info", "/debug/sync-status", "/nothing")
+ROUTES = (
+    "/start",
+    "/stop",
+    "/sync",
+    "/register",
+    "/unregister",
+    "/txid",
+    "/list",
+    "/info",
+    "/debug/sync-status",
+    "/pyrepl/overview",
+    "/nothing",
+)
 
 
 class NoDatabases:
@@ -42,7 +55,7 @@ def refuse(path: Path, url: str) -> Any:
     raise ConfigError("no databases here")
 
 
-CONTROL = Control(NoDatabases(), refuse, started_at=datetime(2026, 1, 1, tzinfo=UTC))  # type: ignore[arg-type]
+CONTROL = Control(NoDatabases(), refuse, started_at=datetime(2026, 1, 1, tzinfo=UTC), operations=Operations())  # type: ignore[arg-type]
 
 
 def check(data: bytes) -> None:
