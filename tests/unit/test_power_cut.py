@@ -188,9 +188,12 @@ def test_a_page_table_after_a_power_cut_is_a_state_that_it_had_or_known_to_be_no
             power.disk(tmp_path / f"{seed}", seed=seed)
     for seed in range(40):
         found = PageTable.open(tmp_path / f"{seed}" / "table")
-        assert found is not None
+        if found is None:  # its header speaks of entries that the file does not have: rebuilt from the replica
+            outcomes.add("none")
+            continue
         outcomes.add(found.state.txid if found.is_intact else "damaged")
         if found.is_intact:
             assert found.get(1, found.state.commit).tobytes() == states[found.state.txid]
         found.close()
-    assert outcomes == {2, 4, "damaged"}
+    assert {2, 4} <= outcomes <= {2, 4, "damaged", "none"}
+    assert outcomes & {"damaged", "none"}
