@@ -186,6 +186,7 @@ class Keeper:
             self.unsound += 1
             self._set_aside(task.inputs, error)
             raise
+        size = done.out.size  # while the file is there
         try:
             key = (task.level, done.out.min_txid, done.out.max_txid)
             if key in self._damaged:  # its inputs are still there: it is made again in its own place
@@ -199,7 +200,7 @@ class Keeper:
         self.compactions += 1
         log.debug(
             "compacted replica=%s level=%d min_txid=%016x max_txid=%016x files=%d size=%d",
-            self.replica.url, task.level, done.out.min_txid, done.out.max_txid, done.taken, done.out.size,
+            self.replica.url, task.level, done.out.min_txid, done.out.max_txid, done.taken, size,
         )  # fmt: skip
 
     def _read(self, info: FileInfo) -> Iterator[bytes]:
@@ -240,10 +241,11 @@ class Keeper:
         # A broken chain needs one even where an image of the newest TXID is listed: it is the damaged one then.
         newest = newest_txid(self.replica.listing().get(SNAPSHOT_LEVEL, ()))
         with self._take_snapshot(TXID(min(newest, self.replica.txid - 1)) if broken else newest) as out:
+            size = out.size  # while the file is there
             self.replica.add(out)
         self._damaged.discard((SNAPSHOT_LEVEL, out.min_txid, out.max_txid))
         self.snapshots += 1
-        log.info("snapshot complete replica=%s txid=%016x size=%d", self.replica.url, out.max_txid, out.size)
+        log.info("snapshot complete replica=%s txid=%016x size=%d", self.replica.url, out.max_txid, size)
         if broken:
             self._check_chain()
 

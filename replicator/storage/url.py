@@ -312,7 +312,7 @@ def _parse_host(host: str) -> tuple[str, dict[str, object]]:
             return found[1], {"endpoint": endpoint.format(region=region), "region": region if region != "s3" else _DEFAULT_REGION, **style}
     bucket, dot, rest = host.partition(".")
     if dot and re.search(r":[0-9]+$", rest) and ".com" not in rest:
-        return bucket, {"endpoint": f"http://{rest}", "region": _DEFAULT_REGION, "force_path_style": True}
+        return bucket, {"endpoint": endpoint_url(f"http://{rest}", private_http=True), "region": _DEFAULT_REGION, "force_path_style": True}
     return host, {}
 
 

@@ -133,6 +133,7 @@ def kill_rounds(folder: Path, rounds: int) -> None:
     writer.connection.close()
 
 
+@pytest.mark.fault("F1")
 def test_twenty_kills_leave_committed_states(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 20)
 

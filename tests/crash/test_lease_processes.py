@@ -65,6 +65,7 @@ class Writers:
                     self.acknowledged.add(said[1])
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["seaweed", "moto"])
 def test_nothing_acknowledged_is_lost_when_writers_are_stopped_woken_and_killed(store, request, tmp_path):

@@ -51,6 +51,7 @@ def kill_rounds(folder: Path, rounds: int) -> None:
     assert left == []
 
 
+@pytest.mark.fault("F1")
 def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 10)
 

@@ -63,6 +63,7 @@ class RaisesOnce:
 # -- names -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F22")
 def test_a_database_behind_a_symbolic_link_is_replicated(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     database, client = tmp_path / "real/a.db", MemoryClient()
@@ -75,6 +76,7 @@ def test_a_database_behind_a_symbolic_link_is_replicated(tmp_path: Path) -> None
     application.close()
 
 
+@pytest.mark.fault("F22")
 def test_a_database_with_two_names_is_refused(tmp_path: Path) -> None:
     connect(tmp_path / "a.db").close()
     os.link(tmp_path / "a.db", tmp_path / "b.db")
@@ -85,6 +87,7 @@ def test_a_database_with_two_names_is_refused(tmp_path: Path) -> None:
 # -- the first sync after a start ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize("moment", ["before the scan", "after the scan"])
 def test_a_wal_that_restarts_during_the_first_scan_loses_nothing(tmp_path: Path, moment: str) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
@@ -114,6 +117,7 @@ def test_a_wal_that_restarts_during_the_first_scan_loses_nothing(tmp_path: Path,
     application.close()
 
 
+@pytest.mark.fault("F11")
 def test_what_the_first_scan_read_and_could_not_encode_is_not_skipped_when_the_wal_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +226,7 @@ def test_a_writer_is_let_go_when_its_rollback_fails(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F26")
 def test_the_write_lock_is_not_held_for_reading_a_long_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database, autocheckpoint=0)
@@ -254,6 +259,7 @@ def test_the_write_lock_is_not_held_for_reading_a_long_wal(tmp_path: Path, monke
 # -- damage ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize("damaged", [0, 7])
 def test_a_damaged_frame_is_not_taken_for_the_end_of_the_wal(tmp_path: Path, damaged: int) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
@@ -392,6 +398,7 @@ def test_a_snapshot_during_which_the_database_is_deleted_is_not_stored(tmp_path:
     application.close()
 
 
+@pytest.mark.fault("F17")
 def test_a_database_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database, autocheckpoint=0)

@@ -127,6 +127,7 @@ def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
     assert pyrepl("help").returncode == pyrepl("restore", "-h").returncode == 0
 
 
+@pytest.mark.fault("F21")
 @pytest.mark.parametrize("kind", ["missing", "directory", "text", "encrypted"])
 def test_what_is_not_a_database_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.db"

@@ -190,6 +190,7 @@ def test_restore_if_db_not_exists(tmp_path: Path, config: Path) -> None:
     assert "database does not exist" in done.stdout
 
 
+@pytest.mark.fault("F35")
 def test_a_missing_database_does_not_begin_anew_while_its_replica_is_unreachable(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("not a directory")
     config = tmp_path / "c.yml"
@@ -252,6 +253,7 @@ def test_a_replica_with_age_keys_is_stored_encrypted_and_restored(tmp_path: Path
     application.close()
 
 
+@pytest.mark.fault("F59")
 def test_secrets_of_the_file_show_nowhere(tmp_path: Path) -> None:
     connect(tmp_path / "a.db").close()
     config = tmp_path / "c.yml"

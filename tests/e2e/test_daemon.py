@@ -254,6 +254,7 @@ def test_the_first_signal_stores_everything_promptly(tmp_path: Path, database: s
     assert is_exact(tmp_path)
 
 
+@pytest.mark.fault("F7")
 def test_what_did_not_get_through_is_said_and_the_exit_code_is_not_zero(tmp_path: Path, database: sqlite3.Connection) -> None:
     config = configure(tmp_path, "a", top="shutdown-sync-timeout: 1s")
     with running("-config", config) as daemon:

@@ -86,6 +86,7 @@ def change_page_size(path: Path) -> None:
     connection.close()
 
 
+@pytest.mark.fault("F10")
 @on_each_store
 @pytest.mark.parametrize("happens", [autocheckpoint, truncate, vacuum, leave_wal_mode, replace_file, change_page_size])
 @pytest.mark.parametrize("application_stays", [False, True])
@@ -114,6 +115,7 @@ def test_only_differing_pages_are_uploaded_after_downtime(
         restored(url, tmp_path, txid=txid)
 
 
+@pytest.mark.fault("F69")
 def test_the_released_litestream_loses_rows_where_we_do_not(tmp_path: Path) -> None:
     """Side by side: while both are stopped the WAL restarts, and stays shorter than the position at which they had stopped."""
     database, theirs, ours = tmp_path / "a.db", f"file://{tmp_path}/theirs", f"file://{tmp_path}/ours"
@@ -151,6 +153,7 @@ def test_the_released_litestream_loses_rows_where_we_do_not(tmp_path: Path) -> N
     assert rows(tmp_path / "theirs.db") < expected
 
 
+@pytest.mark.fault("F70")
 @on_each_store
 def test_a_deleted_metadata_folder_is_rebuilt_from_the_replica(tmp_path: Path, url: str) -> None:
     database = tmp_path / "a.db"
@@ -169,6 +172,7 @@ def test_a_deleted_metadata_folder_is_rebuilt_from_the_replica(tmp_path: Path, u
     application.close()
 
 
+@pytest.mark.fault("F2")
 @on_each_store
 @pytest.mark.parametrize("damage", ["flip an entry", "truncate", "older copy"])
 def test_a_damaged_page_table_is_found_and_rebuilt(tmp_path: Path, url: str, damage: str) -> None:
@@ -192,6 +196,7 @@ def test_a_damaged_page_table_is_found_and_rebuilt(tmp_path: Path, url: str, dam
     application.close()
 
 
+@pytest.mark.fault("F70")
 def test_metadata_of_another_database_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         application = connect(tmp_path / f"{name}.db")
@@ -205,6 +210,7 @@ def test_metadata_of_another_database_is_refused(tmp_path: Path) -> None:
         Replicator(tmp_path / "a.db", f"file://{tmp_path}/a").start()
 
 
+@pytest.mark.fault("F49")
 @on_each_store
 def test_a_restored_copy_continues_the_chain(tmp_path: Path, url: str) -> None:
     database = tmp_path / "a.db"

@@ -49,6 +49,7 @@ def go_back(application: sqlite3.Connection, database: Path, backup: Path) -> No
 # -- an entry is never dropped (finding 8) ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("place", ["salts_are", "stage", "settled"])
 def test_an_entry_is_not_dropped_by_an_error_on_the_way(tmp_path: Path, place: str) -> None:
     database, client = tmp_path / "a.db", Flaky()
@@ -109,6 +110,7 @@ def forked_child() -> Iterator[None]:
         os.waitpid(child, 0)
 
 
+@pytest.mark.fault("F5")
 def test_a_forked_child_does_not_keep_the_database_locked_when_its_parent_is_killed(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database)
@@ -122,6 +124,7 @@ def test_a_forked_child_does_not_keep_the_database_locked_when_its_parent_is_kil
     application.close()
 
 
+@pytest.mark.fault("F5")
 def test_the_lock_is_free_after_close_though_a_forked_child_lives(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database)
@@ -136,6 +139,7 @@ def test_the_lock_is_free_after_close_though_a_forked_child_lives(tmp_path: Path
 # -- emptied replicas (10) -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F63")
 def test_an_emptied_replica_is_refused_at_each_start_and_not_only_at_the_first(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database)
@@ -149,6 +153,7 @@ def test_an_emptied_replica_is_refused_at_each_start_and_not_only_at_the_first(t
     application.close()
 
 
+@pytest.mark.fault("F42", "F63")
 def test_a_replica_that_is_emptied_after_a_kill_is_refused(tmp_path: Path) -> None:
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     connect(database).close()
@@ -167,6 +172,7 @@ def test_a_replica_that_is_emptied_after_a_kill_is_refused(tmp_path: Path) -> No
 # -- the store is away at the start (13) -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F35")
 def test_a_start_without_the_store_begins_when_it_is_back_whatever_fails_next(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", Flaky()
     application = connect(database)
@@ -205,6 +211,7 @@ def test_a_defect_in_a_client_is_reported_and_not_swallowed(tmp_path: Path) -> N
     application.close()
 
 
+@pytest.mark.fault("F9")
 def test_a_defect_in_the_engine_is_reported_and_not_swallowed(tmp_path: Path) -> None:
     application = connect(tmp_path / "a.db")
     replicator = Replicator(tmp_path / "a.db", MemoryClient(), history=None).start()
@@ -286,6 +293,7 @@ def staged_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / ".a.db-litestream/pyrepl/staged").iterdir())
 
 
+@pytest.mark.fault("F23")
 def test_the_bound_of_the_staging_folder_holds_for_large_files(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", Flaky()
     application = connect(database)
@@ -321,6 +329,7 @@ def test_the_bound_of_the_staging_folder_holds_while_one_of_two_replicas_is_away
     application.close()
 
 
+@pytest.mark.fault("F23")
 def test_the_last_of_the_disk_is_left_to_the_application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database, client = tmp_path / "a.db", Flaky()
     application = connect(database)
@@ -341,6 +350,7 @@ def test_the_last_of_the_disk_is_left_to_the_application(tmp_path: Path, monkeyp
 # -- clocks (22) -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F27")
 def test_a_clock_that_was_in_the_future_once_does_not_hide_what_follows(tmp_path: Path) -> None:
     database, client, ahead_s = tmp_path / "a.db", MemoryClient(), [0.0]
     application = connect(database)
@@ -365,6 +375,7 @@ def test_a_clock_that_was_in_the_future_once_does_not_hide_what_follows(tmp_path
 # -- stopping --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F7")
 def test_close_is_prompt_while_the_store_is_away(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", Flaky()
     application = connect(database)

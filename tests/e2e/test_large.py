@@ -30,6 +30,7 @@ def same_file(one: Path, two: Path) -> bool:
                 return True
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.slow
 def test_a_database_crosses_the_lock_page(tmp_path: Path) -> None:
     """Growth below and above 1 GiB, as a full image and as increments; the released Litestream agrees."""

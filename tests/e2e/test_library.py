@@ -34,6 +34,7 @@ from tests.e2e.stores import on_each_store
 TIMEOUT_S = 60
 
 
+@pytest.mark.fault("F16")
 @on_each_store
 @pytest.mark.parametrize("page_size", [512, 4096, 65536])
 def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: Path, url: str, page_size: int) -> None:
@@ -53,6 +54,7 @@ def test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth(tmp_path: P
     application.close()
 
 
+@pytest.mark.fault("F16")
 @on_each_store
 def test_auto_vacuum_shrinks_the_restored_file_too(tmp_path: Path, url: str) -> None:
     database = tmp_path / "a.db"
@@ -87,6 +89,7 @@ def test_every_txid_is_a_committed_state(tmp_path: Path, url: str) -> None:
     application.close()
 
 
+@pytest.mark.fault("F8")
 def test_nothing_is_added_to_the_schema(tmp_path: Path) -> None:
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     application = connect(database)
@@ -102,6 +105,7 @@ def test_nothing_is_added_to_the_schema(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F43")
 def test_an_idle_database_makes_no_file_and_no_request(tmp_path: Path) -> None:
     database = tmp_path / "a.db"
     application = connect(database)
@@ -178,6 +182,7 @@ def test_wait_times_out_while_the_store_is_away_and_the_data_arrives_later(tmp_p
     application.close()
 
 
+@pytest.mark.fault("F6")
 def test_a_second_engine_is_refused(tmp_path: Path) -> None:
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     application = connect(database)
@@ -186,6 +191,7 @@ def test_a_second_engine_is_refused(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F44")
 @on_each_store
 def test_another_writer_on_the_replica_stops_us(tmp_path: Path, url: str) -> None:
     database = tmp_path / "a.db"
@@ -276,6 +282,7 @@ def test_files_carry_what_the_next_writer_needs(tmp_path: Path, url: str) -> Non
     application.close()
 
 
+@pytest.mark.fault("F17")
 def test_a_deleted_database_is_reported_and_a_new_one_continues_the_chain(tmp_path: Path) -> None:
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     application = connect(database)
@@ -301,6 +308,7 @@ def test_a_deleted_database_is_reported_and_a_new_one_continues_the_chain(tmp_pa
     application.close()
 
 
+@pytest.mark.fault("F42")
 def test_what_was_staged_in_an_outage_is_stored_by_the_next_start(tmp_path: Path) -> None:
     class Away(MemoryClient):
         away = False
@@ -363,6 +371,7 @@ def test_a_gap_stops_us_and_force_snapshot_heals_it(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F39")
 def test_a_key_that_may_only_write_is_enough_after_the_first_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class WriteOnly(MemoryClient):
         denied = False

@@ -66,6 +66,7 @@ def test_a_replica_that_was_ahead_and_left_out_is_joined_exactly(tmp_path: Path,
     application.close()
 
 
+@pytest.mark.fault("F45", "F48")
 def test_a_txid_that_two_writers_gave_out_is_refused_when_its_replica_is_back(tmp_path: Path) -> None:
     database, one, two = tmp_path / "a.db", Flaky("one"), Flaky("two")
     application = connect(database)
@@ -80,6 +81,7 @@ def test_a_txid_that_two_writers_gave_out_is_refused_when_its_replica_is_back(tm
     application.close()
 
 
+@pytest.mark.fault("F48")
 def test_the_table_is_not_trusted_where_another_writer_stored_its_txid(tmp_path: Path) -> None:
     """What was staged in an outage has its TXID; when the store is back, somebody else's file stands there."""
     database, client = tmp_path / "a.db", Flaky()
@@ -134,6 +136,7 @@ def test_staged_files_are_not_added_to_those_of_another_writer(tmp_path: Path) -
     application.close()
 
 
+@pytest.mark.fault("F42")
 def test_how_far_a_replica_has_come_is_written_down_before_a_staged_file_goes(tmp_path: Path) -> None:
     """The staged file proves that the stored one is ours; after a kill something else must."""
 
@@ -252,6 +255,7 @@ def merge(client: MemoryClient, *ends: int) -> None:
 # -- page sizes ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F71")
 def test_a_replica_that_missed_a_change_of_the_page_size_gets_a_full_image(tmp_path: Path) -> None:
     database, one, two = tmp_path / "a.db", Flaky("one"), Flaky("two")
     application = connect(database)
@@ -463,6 +467,7 @@ def test_an_image_for_a_replica_is_exact_while_writes_go_on(tmp_path: Path) -> N
     application.close()
 
 
+@pytest.mark.fault("F29")
 @pytest.mark.parametrize("level", [9, 0])
 def test_an_image_whose_reply_was_lost_is_stored_again_without_taking_it_for_somebody_elses(tmp_path: Path, level: int) -> None:
     class LosesReply(Flaky):

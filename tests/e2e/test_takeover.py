@@ -81,6 +81,7 @@ def test_an_owner_that_was_killed_goes_on_at_once_on_its_own_machine(tmp_path):
         assert again.status().lease.generation == 2
 
 
+@pytest.mark.fault("F45")
 @pytest.mark.parametrize("url", ["file", "seaweed"], indirect=True)
 def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
     client = open_client(url)
@@ -140,6 +141,7 @@ def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
     assert rows(copy) == tail
 
 
+@pytest.mark.fault("F47")
 def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_path):
     """The lease is ours, and between the look at the replica and the claim a file arrives that the old owner sent before."""
     late: list[bytes] = []

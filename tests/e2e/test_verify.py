@@ -213,6 +213,7 @@ def sample(name: str, path: Path, url: str) -> float | None:
     return REGISTRY.get_sample_value(name, {"db": str(path), "replica": url})
 
 
+@pytest.mark.fault("F68")
 def test_drills_on_a_schedule_show_in_status_and_metrics(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     with Replicator(pair.path, pair.url, verify_interval_s=0.05, history=None) as engine:

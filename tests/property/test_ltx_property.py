@@ -13,39 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.errors import FormatError
-from replicator.format.ltx import TXID, Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
+from replicator.format.ltx import Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
+from replicator.testing import ltx_files
 
 Pages = list[tuple[int, bytes]]
-
-
-@st.composite
-def images(draw: st.DrawFn, size: int) -> bytes:
-    """A page: anything from all equal to incompressible."""
-    seed = draw(st.binary(min_size=1, max_size=8))
-    if draw(st.booleans()):
-        return np.random.default_rng(list(seed)).bytes(size)
-    return (seed * size)[:size]
-
-
-@st.composite
-def files(draw: st.DrawFn) -> tuple[Header, Pages]:
-    size = draw(st.sampled_from([512, 1024, 4096]))
-    u64 = st.integers(0, 2**64 - 1)
-    low = draw(st.one_of(st.just(1), st.integers(2, 2**64 - 1)))
-    high = draw(st.integers(low, 2**64 - 1))
-    if low == 1:
-        commit = draw(st.integers(1, 6))
-        pgnos = list(range(1, commit + 1))
-    else:
-        commit = draw(st.integers(1, 2**18))
-        pgnos = sorted(draw(st.sets(st.integers(1, commit), max_size=6)))
-    wal = draw(st.integers(1, 2**63 - 1))
-    header = Header(
-        size, commit, TXID(low), TXID(high), draw(st.integers(-(2**63), 2**63 - 1)),
-        wal_offset=wal, wal_size=draw(st.integers(0, 2**63 - 1)), wal_salt1=draw(st.integers(0, 2**32 - 1)),
-        wal_salt2=draw(st.integers(0, 2**32 - 1)), node_id=draw(u64),
-    )  # fmt: skip
-    return header, [(pgno, draw(images(size))) for pgno in pgnos]
 
 
 def fed(data: bytes, cuts: list[int]) -> tuple[Header | None, Pages, Trailer]:
@@ -56,7 +27,7 @@ def fed(data: bytes, cuts: list[int]) -> tuple[Header | None, Pages, Trailer]:
     return decoder.header, pages, trailer
 
 
-@given(files())
+@given(ltx_files())
 def test_a_file_comes_back_as_it_was_written(file: tuple[Header, Pages]) -> None:
     header, pages = file
     got, found, trailer = decode_file(encode_file(header, pages))
@@ -64,14 +35,14 @@ def test_a_file_comes_back_as_it_was_written(file: tuple[Header, Pages]) -> None
     assert trailer.post_apply_checksum == 0
 
 
-@given(files(), st.data())
+@given(ltx_files(), st.data())
 def test_any_cutting_gives_the_same_values(file: tuple[Header, Pages], data: st.DataObject) -> None:
     raw = encode_file(*file)
     cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=30))
     assert fed(raw, cuts) == decode_file(raw)
 
 
-@given(files(), st.data())
+@given(ltx_files(), st.data())
 def test_early_frames_in_any_cutting_give_the_same_pages(file: tuple[Header, Pages], data: st.DataObject) -> None:
     """Files of early 0.5 versions: an LZ4 frame for each page, in every shape that the frame format allows."""
     header, pages = file
@@ -95,7 +66,7 @@ def test_early_frames_in_any_cutting_give_the_same_pages(file: tuple[Header, Pag
     assert (got, found) == (header, pages)
 
 
-@given(files(), st.data())
+@given(ltx_files(), st.data())
 def test_a_flipped_bit_is_refused_or_harmless(file: tuple[Header, Pages], data: st.DataObject) -> None:
     """Compressed bytes are not hashed, only what they stand for: a flip there survives when the page is the same."""
     header, pages = file
@@ -110,7 +81,7 @@ def test_a_flipped_bit_is_refused_or_harmless(file: tuple[Header, Pages], data: 
     assert bit // 8 >= 110
 
 
-@given(files(), st.data())
+@given(ltx_files(), st.data())
 def test_a_truncated_file_is_refused(file: tuple[Header, Pages], data: st.DataObject) -> None:
     raw = encode_file(*file)
     size = data.draw(st.integers(0, len(raw) - 1))
@@ -118,7 +89,7 @@ def test_a_truncated_file_is_refused(file: tuple[Header, Pages], data: st.DataOb
         decode_file(raw[:size])
 
 
-@given(files())
+@given(ltx_files())
 def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> None:
     header, pages = file
     raw = encode_file(header, pages)
@@ -132,7 +103,7 @@ def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> Non
     assert (done.size, done.file_checksum) == (len(raw), decoder.close().file_checksum)
 
 
-@given(files(), st.integers(1, 2**63 - 1))
+@given(ltx_files(), st.integers(1, 2**63 - 1))
 def test_two_headers_never_share_a_checksum_by_the_writer_alone(file: tuple[Header, Pages], node: int) -> None:
     header, pages = file
     other = replace(header, node_id=header.node_id ^ node)

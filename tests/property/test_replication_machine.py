@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -153,5 +154,5 @@ class ReplicationMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-TestReplication = ReplicationMachine.TestCase
+TestReplication = pytest.mark.fault("F14", "F15", "F16")(ReplicationMachine.TestCase)
 TestReplication.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

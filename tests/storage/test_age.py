@@ -252,6 +252,7 @@ def test_the_end_of_a_file_is_decrypted_once_for_trailer_and_index(store: Store,
     assert read(client, info, offset=LARGE - 24, size=24) == body[::-1][-24:]
 
 
+@pytest.mark.fault("F9")
 def test_a_reader_that_stops_early_leaves_no_thread(store: Store) -> None:
     client = client_of(store)
     info = put(client, body=bytes(LARGE))
@@ -371,6 +372,7 @@ def test_a_plain_file_is_refused_and_hides_no_other(store: Store) -> None:
         read(client, first)
 
 
+@pytest.mark.fault("F62")
 @pytest.mark.parametrize("size", [100, LARGE])
 def test_the_wrong_key_is_not_damage(store: Store, size: int) -> None:
     info = put(client_of(store), body=bytes(size))
@@ -485,6 +487,7 @@ def test_the_url_of_an_encrypted_replica_opens_only_with_keys(tmp_path: Path, mo
     assert open_client("age+folder").url == f"file://{tmp_path}/age+folder"
 
 
+@pytest.mark.fault("F62")
 def test_every_body_that_reaches_the_store_is_encrypted(store: Store, tmp_path: Path, spool: Path) -> None:
     client = client_of(store, spool=spool)
     large = tmp_path / "large"

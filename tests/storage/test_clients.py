@@ -23,6 +23,7 @@ from replicator.storage.probe import Conditions, probe_conditional_writes
 from replicator.storage.s3 import S3Client
 from replicator.storage.tree import TreeClient, Write
 from replicator.storage.url import parse_s3_url
+from replicator.testing.conformance import CHECKS, CONDITIONAL, Nonconforming
 from tests.otherservers import OTHER_STORES, fresh_path
 
 KINDS = [
@@ -118,6 +119,17 @@ def test_times_survive_to_the_millisecond(client: ReplicaClient, kind: str) -> N
     [info] = client.list(0, accurate_times=True)
     # SFTP knows whole seconds; exact times stand in the files themselves, but not where they are encrypted.
     assert info.created_at == datetime.fromtimestamp(STAMP // 1000, UTC).replace(microsecond=0 if kind == "age sftp" else 997000)
+
+
+@pytest.mark.fault("F37", "F44", "F55", "F66")
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["memory", "file", "seaweed", "moto", "rclone"], indirect=True)
+def test_the_contract(client: ReplicaClient, kind: str, check: str) -> None:
+    if not creates(kind) and check in CONDITIONAL:
+        with pytest.raises(Nonconforming):
+            CHECKS[check](client)
+        return
+    CHECKS[check](client)
 
 
 def test_metadata_comes_back_in_lower_case(client: ReplicaClient, kind: str) -> None:
@@ -222,6 +234,7 @@ def test_hostile_control_names_are_refused(client: ReplicaClient, name: str) -> 
         client.put_control(name, b"x")
 
 
+@pytest.mark.fault("F56")
 def test_foreign_names_in_a_level_are_ignored(client: ReplicaClient, inner: MemoryClient | FileClient | S3Client | TreeClient) -> None:
     put(client, 1)
     end, other = (".ltx", ".ltx.age") if client is inner else (".ltx.age", ".ltx")

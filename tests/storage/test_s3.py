@@ -46,6 +46,7 @@ def put(client: ReplicaClient, body: bytes = BODY, **options: object) -> FileInf
 # -- what is sent ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F38")
 def test_a_put_is_one_plain_signed_request(serving) -> None:
     client, server = serving(lambda request: Reply(headers={"ETag": '"e"'}))
     put(client, if_absent=True, metadata={"pyrepl-writer": "00ff"})
@@ -97,6 +98,7 @@ def test_a_time_that_cannot_be_had_is_an_error_and_not_a_wrong_time(serving) -> 
         list(client.list(0, accurate_times=True))
 
 
+@pytest.mark.fault("F38")
 def test_batch_deletes_carry_content_md5_where_it_is_required(serving) -> None:
     empty = Reply(body=b"<DeleteResult/>")
     client, server = serving(lambda request: empty)
@@ -153,6 +155,7 @@ SERVERS: dict[str, Callable[[Request], Reply]] = {
 }
 
 
+@pytest.mark.fault("F33")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize(("offset", "size"), [(0, 10), (0, 100), (0, 200), (40, 10), (90, None), (90, 200), (99, 1)])
 def test_a_range_is_exact_whatever_the_server_makes_of_it(serving, server: str, offset: int, size: int | None) -> None:
@@ -168,6 +171,7 @@ def test_another_range_than_asked_is_an_error(serving) -> None:
         client.open(INFO, offset=10, size=10)
 
 
+@pytest.mark.fault("F33")
 @pytest.mark.parametrize("arrived", [0, 1, 50, 99])
 def test_a_body_that_ends_early_is_unavailable_and_not_short(serving, arrived: int) -> None:
     client, _ = serving(lambda request: Reply(body=BODY[:arrived], announced=100))
@@ -197,6 +201,7 @@ def _listing(*txids: str, token: str = "", prefix: str = "db/0000/") -> Reply:
     return Reply(body=f"<ListBucketResult>{more}{entries}</ListBucketResult>".encode(), headers={"Content-Type": "application/xml"})
 
 
+@pytest.mark.fault("F32")
 def test_an_unordered_listing_with_repeats_is_put_right(serving) -> None:
     pages = iter([_listing("5", "3", token="a"), _listing("3", "1", token="b"), _listing("4", "5")])
     files = list(serving(lambda request: next(pages))[0].list(0))
@@ -208,6 +213,7 @@ def test_keys_outside_the_asked_level_are_ignored(serving) -> None:
     assert list(client.list(0)) == []
 
 
+@pytest.mark.fault("F32")
 def test_a_listing_that_does_not_end_is_an_error(serving) -> None:
     client, server = serving(lambda request: _listing("1", token="same"))
     with pytest.raises(StorageError, match="does not finish"):
@@ -224,6 +230,7 @@ def test_a_condition_that_fails_at_once_is_lost(serving) -> None:
         put(client, if_absent=True)
 
 
+@pytest.mark.fault("F29")
 def test_a_condition_that_fails_after_a_retry_is_unknown(serving) -> None:
     # The first request may be what the second one found.
     replies = iter([s3_error(500, "InternalError"), s3_error(412, "PreconditionFailed")])
@@ -248,6 +255,7 @@ def test_replacing_what_is_gone_is_a_lost_condition(serving) -> None:
         client.delete_control("lock.json", if_match='"e"')
 
 
+@pytest.mark.fault("F31")
 def test_a_failed_upload_in_parts_is_aborted(serving) -> None:
     def answer(request: Request) -> Reply:
         if request.method == "POST":
@@ -286,6 +294,7 @@ def test_a_store_that_renames_keys_without_a_path_is_found_out(serving) -> None:
 # -- the probe ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F37")
 @pytest.mark.parametrize(
     ("honoured", "verdict"),
     [
@@ -359,6 +368,7 @@ def test_each_reply_has_its_error(serving, status: int, code: str, kind: type[St
     assert type(caught.value) is kind
 
 
+@pytest.mark.fault("F36")
 def test_a_wrong_clock_is_named_with_both_times(serving) -> None:
     reply = s3_error(403, "RequestTimeTooSkewed")
     with pytest.raises(StorageError, match=r"clock.*store: .*20[0-9]{2} [0-9:]{8} GMT, here: ") as caught:
@@ -372,6 +382,7 @@ def test_a_missing_bucket_is_named_with_what_to_do(serving) -> None:
     assert "create the bucket bucket" in caught.value.hint
 
 
+@pytest.mark.fault("F59")
 def test_text_of_the_server_never_reaches_a_message(serving) -> None:
     def answer(request: Request) -> Reply:
         return s3_error(400, "Bad\x1b[31m code", f"{request.headers['authorization']} {SECRET}")
@@ -396,6 +407,7 @@ def test_no_credentials_is_access_denied_with_a_hint(serving, monkeypatch: pytes
     assert server.requests == []
 
 
+@pytest.mark.fault("F58")
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_never_takes_the_credentials_to_another_host(serving, status: int) -> None:
     _, other = serving(lambda request: Reply(body=BODY))
@@ -405,6 +417,7 @@ def test_a_redirect_never_takes_the_credentials_to_another_host(serving, status:
     assert other.requests == []
 
 
+@pytest.mark.fault("F59")
 def test_secrets_are_in_no_representation() -> None:
     settings = S3Settings(
         bucket="bucket", access_key_id="AKIDEXAMPLE", secret_access_key="topsecret", sse_customer_key=base64.b64encode(b"k" * 32).decode()

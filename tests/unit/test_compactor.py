@@ -112,6 +112,7 @@ def test_a_file_that_is_gone_is_an_error_and_leaves_nothing(scratch: Staging) ->
     assert list(scratch.folder.iterdir()) == []
 
 
+@pytest.mark.fault("F71")
 @pytest.mark.parametrize("change", [1, 5, FAN_IN, FAN_IN + 1, 2 * FAN_IN])
 def test_merging_never_crosses_a_change_of_the_page_size(scratch: Staging, change: int) -> None:
     client = MemoryClient()
@@ -149,6 +150,7 @@ def test_the_lock_page_stays_out(scratch: Staging) -> None:
     assert [pgno for pgno, _ in decode_file(body(done.out))[1]] == [lock - 1, lock + 1, lock + 2]
 
 
+@pytest.mark.fault("F25")
 def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging) -> None:
     """Pages of zeros: the files are small, but all their pages together are 64 MB each."""
     client = MemoryClient()

@@ -376,6 +376,7 @@ def test_histories_that_are_refused(text: str, words: str) -> None:
 # -- keys and numbers without a meaning ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
@@ -562,6 +563,7 @@ def test_a_key_file_is_read_when_the_client_is_made(tmp_path: Path) -> None:
         open_replica(settings)
 
 
+@pytest.mark.fault("F62")
 @pytest.mark.parametrize(
     "keys", ["recipients: [age1abc]", "identities: [AGE-SECRET-KEY-1XYZ]", "recipients: [age1abc], identities: [AGE-SECRET-KEY-1XYZ]"]
 )
@@ -608,6 +610,7 @@ def test_a_secret_key_is_no_recipient() -> None:
 SECRETS = "type: s3, bucket: bkt, access-key-id: AKxxHIDDEN, secret-access-key: SKxxHIDDEN"
 
 
+@pytest.mark.fault("F59")
 @pytest.mark.parametrize(
     ("keys", "settings"),
     [

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 import struct
+import time
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
+import lz4.block
 import pytest
 
-from fuzz import fuzz_config, fuzz_ltx, fuzz_v3, fuzz_wal
-from replicator.errors import ConfigError
+from fuzz import fuzz_config, fuzz_ltx, fuzz_names, fuzz_socket, fuzz_url, fuzz_v3, fuzz_wal
+from replicator.errors import ConfigError, FormatError
 from replicator.format.checksum import wal_checksum
-from replicator.format.ltx import TXID, Header, encode_file
+from replicator.format.ltx import TXID, Header, decode_file, encode_file
 from replicator.format.v3 import encode_frame
+from replicator.storage.url import parse_s3_url
 
 LTX = encode_file(Header(512, 3, TXID(1), TXID(4), 7), [(pgno, bytes([pgno]) * 512) for pgno in (1, 2, 3)])
 
@@ -39,6 +44,29 @@ dbs:
       - {path: r, age: {recipients: [age1x]}}
 """
 TARGETS = [(fuzz_ltx, LTX), (fuzz_wal, WAL), (fuzz_config, CONFIG), (fuzz_v3, b"\x80" + WAL), (fuzz_v3, encode_frame(WAL * 9))]
+
+
+CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
+MODULES = {
+    "config": fuzz_config, "ltx": fuzz_ltx, "names": fuzz_names, "socket": fuzz_socket, "url": fuzz_url, "v3": fuzz_v3, "wal": fuzz_wal,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_target_accepts_its_corpus_and_what_comes_of_it(name: str, replicator_seed: int) -> None:
+    inputs = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+    assert inputs
+    rng = random.Random(replicator_seed)
+    for data in [b"", *inputs]:
+        MODULES[name].check(data)
+    for _ in range(150):
+        mixed = bytearray(rng.choice(inputs) + (rng.choice(inputs) if rng.random() < 0.2 else b""))
+        for _ in range(rng.randrange(1, 5)):
+            at = rng.randrange(len(mixed))
+            mixed[at : at + rng.randrange(4)] = rng.choice(
+                [rng.randbytes(rng.randrange(4)), b"/", b"..", b"@", b"?", b"&", b"=", b"%00", b"\0"]
+            )
+        MODULES[name].check(bytes(mixed))
 
 
 @pytest.mark.parametrize(("target", "valid"), TARGETS)
@@ -108,3 +136,69 @@ def test_the_config_target_notices_plaintext_where_encryption_was_asked_for(monk
     monkeypatch.setattr(fuzz_config, "open_replica", lambda settings: None)
     with pytest.raises(AssertionError):
         fuzz_config.check(CONFIG)
+
+
+def test_the_url_target_notices_a_password_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_url, "redact", lambda url: url)
+    with pytest.raises(AssertionError):
+        fuzz_url.check(b"bucket/path")
+
+
+def test_the_names_target_notices_a_traversal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_names, "check_control_name", lambda name: None)
+    with pytest.raises(AssertionError):
+        fuzz_names.check(b"a/../../x")
+
+
+def test_the_socket_target_notices_a_defect_in_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(request: Any) -> Any:
+        raise KeyError("path")
+
+    monkeypatch.setattr(fuzz_socket.CONTROL, "respond", broken)
+    with pytest.raises(AssertionError):
+        fuzz_socket.check_bytes(b"GET /info HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.fault("F57")
+def test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]
+    text = "\n".join(["dbs: []", *lines])
+    tracemalloc.start()
+    try:
+        started = time.process_time()
+        assert isinstance(fuzz_config.read(text, lenient=False), ConfigError)
+        assert time.process_time() - started < 5
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.fault("F53")
+def test_a_page_that_claims_to_be_huge_takes_no_memory() -> None:
+    page = lz4.block.compress(bytes(16 << 20), store_size=False)
+    body = struct.pack(">IHI", 1, 1, len(page)) + page
+    bomb = Header(512, 1, TXID(1), TXID(1), 7).encode() + body
+    tracemalloc.start()
+    try:
+        fuzz_ltx.check(bomb)
+        with pytest.raises(FormatError):
+            decode_file(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.fault("F52")
+def test_a_header_of_four_billion_pages_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        fuzz_ltx.check(Header(65536, 2**32 - 1, TXID(1), TXID(1), 7).encode() + bytes(1000))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket.min]x.local:9000/x", "s3://bucket.[::1.local:9000/x", "s3://bucket.local:99999/x"])
+def test_a_host_in_a_url_that_is_none_is_refused_when_it_is_read(url: str) -> None:
+    with pytest.raises(ConfigError, match="not an endpoint"):
+        parse_s3_url(url, environ={})

@@ -135,6 +135,7 @@ def test_each_change_leads_to_the_source_and_leaves_no_file(tmp_path: Path) -> N
         assert not path.with_name("copy.db-journal").exists()
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize("step", range(6))
 def test_a_death_at_any_call_leaves_the_old_state_or_the_new_one(tmp_path: Path, dying, step: int) -> None:
     old, new = states(tmp_path)[step : step + 2]
@@ -167,6 +168,7 @@ def test_a_death_at_any_call_leaves_the_old_state_or_the_new_one(tmp_path: Path,
     assert False in outcomes or old.rows == new.rows
 
 
+@pytest.mark.fault("F2")
 def test_a_power_cut_at_any_call_leaves_the_old_state_or_the_new_one(tmp_path: Path, dying) -> None:
     chain = states(tmp_path)
     source = random.Random(11)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from replicator import compactor
 from replicator.chain import list_files
 from replicator.compactor import compact
 from replicator.errors import AccessDenied, StorageUnavailable
 from replicator.format.ltx import TXID, decode_file
 from replicator.levels import History
+from replicator.outbox import OutFile
 from tests.simulated import CountingClient, Simulation
 
 DAY, HOUR = 86400.0, 3600.0
@@ -69,6 +74,7 @@ def test_levels_and_window_with_short_intervals_and_bursts(tmp_path: Path) -> No
     assert simulation.keeper.problems == {}
 
 
+@pytest.mark.fault("F43")
 def test_a_database_without_writes_makes_no_request_and_has_nothing_due(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     simulation.write()
@@ -123,6 +129,7 @@ class Forbidding(CountingClient):
         return super().list(level, **options)
 
 
+@pytest.mark.fault("F39", "F40")
 def test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +149,7 @@ def test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_
     assert len(list_files(simulation.client)[0]) == 1
 
 
+@pytest.mark.fault("F39")
 def test_the_right_to_list_is_not_needed_after_the_start(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path, client=Forbidding())
     simulation.client.forbidden.add("LIST")
@@ -153,6 +161,7 @@ def test_the_right_to_list_is_not_needed_after_the_start(tmp_path: Path) -> None
     assert len(list_files(simulation.client)[0]) <= 6
 
 
+@pytest.mark.fault("F27")
 def test_a_clock_that_was_set_back_stops_deletion_and_nothing_else(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     for _ in range(60):
@@ -174,6 +183,7 @@ def test_a_clock_that_was_set_back_stops_deletion_and_nothing_else(tmp_path: Pat
     assert simulation.keeper.problems == {}
 
 
+@pytest.mark.fault("F27")
 def test_a_clock_that_jumps_forward_delays_deletion(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path, steady=True)
     for _ in range(2 * 1440):
@@ -213,6 +223,7 @@ def test_a_damaged_file_is_left_out_and_a_full_image_follows_at_once(tmp_path: P
     assert len(list_files(simulation.client)[0]) == 1
 
 
+@pytest.mark.fault("F34")
 def test_files_that_somebody_else_deletes_do_not_stop_the_keeper(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path)
     for _ in range(100):
@@ -229,6 +240,7 @@ def test_files_that_somebody_else_deletes_do_not_stop_the_keeper(tmp_path: Path)
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[200][1], 200)
 
 
+@pytest.mark.fault("F28")
 def test_an_outage_delays_the_keeper_and_nothing_is_lost(tmp_path: Path) -> None:
     class Away(CountingClient):
         away = False
@@ -253,6 +265,7 @@ def test_an_outage_delays_the_keeper_and_nothing_is_lost(tmp_path: Path) -> None
     assert simulation.check_every_restorable_txid(tmp_path / "r.db") > 50
 
 
+@pytest.mark.fault("F30")
 def test_what_compaction_stores_is_the_same_again_after_a_crash(tmp_path: Path) -> None:
     """The keeper dies between storing a merged file and noting it: the next one finds the same name with the same bytes."""
     simulation = Simulation(tmp_path)
@@ -338,6 +351,7 @@ def test_a_raw_file_that_vanishes_before_it_was_merged_leads_to_a_full_image_at_
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[10][1], 10)
 
 
+@pytest.mark.fault("F31")
 def test_a_raw_file_that_was_cut_short_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.chain.RETRY_DELAYS_S", ())
     simulation = Simulation(tmp_path)
@@ -379,3 +393,25 @@ def test_a_file_that_is_stored_while_the_store_is_listed_is_not_forgotten(tmp_pa
     simulation.client.meanwhile = simulation.write
     simulation.replica.relist()
     assert [info.max_txid for info in simulation.replica.listing()[0]] == [1, 2]
+
+
+def test_results_that_are_files_and_no_more_there_afterwards_are_no_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithFiles(Simulation):
+        @contextlib.contextmanager
+        def take_snapshot(self, newer_than: TXID) -> Iterator[OutFile]:
+            with super().take_snapshot(newer_than) as image:
+                path = tmp_path / "image"
+                path.write_bytes(image.body)
+                yield dataclasses.replace(image, body=path)
+                path.unlink()
+
+    monkeypatch.setattr(compactor, "RESULT_BYTES", 0)
+    simulation = WithFiles(tmp_path)
+    for _ in range(20):
+        simulation.write()
+        simulation.advance(60)
+    simulation.advance(DAY)
+    assert simulation.keeper.problems == {}
+    assert (simulation.keeper.counts.failures, simulation.keeper.snapshots) == (0, 1)
+    assert simulation.keeper.compactions > 10
+    assert list((tmp_path / "scratch").iterdir()) == []

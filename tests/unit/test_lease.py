@@ -137,6 +137,7 @@ def test_what_is_released_or_of_a_dead_predecessor_is_free_at_once():
     assert wait_s(sighted(None, "e", litestream, now), now, [""]) == 30.0
 
 
+@pytest.mark.fault("F46")
 def test_an_owner_counts_by_the_longer_of_its_clocks_and_stops_before_an_observer_begins():
     term = Term("e", LockRecord(1, START + 10, "here:1", "a" * 16, 1, 10.0), Moment(0.0, START))
     assert is_in_force(term, Moment(7.9, START + 7.9))
@@ -179,6 +180,7 @@ def test_one_of_two_gets_it_and_the_other_after_a_ttl_without_renewal():
     assert (mine.status().state, mine.status().owner, theirs.status().state) == ("lost", "there:2", "held")
 
 
+@pytest.mark.fault("F4")
 def test_an_owner_whose_time_is_over_asks_before_it_acts_and_goes_on_when_nobody_took_it():
     clock = Time()
     lease = lease_of(MemoryClient(), clock)
@@ -278,6 +280,7 @@ def test_a_released_lease_keeps_its_generation_and_a_removed_object_begins_anew_
     assert second.acquire() == 3
 
 
+@pytest.mark.fault("F37")
 def test_a_store_that_ignores_conditions_is_refused():
     class Ignores(MemoryClient):
         def put_control(self, name, data, **conditions):

@@ -18,6 +18,7 @@ from replicator.testing.simulation import Process, Violation, simulate
 STEPS = 25_000
 
 
+@pytest.mark.fault("F44", "F46")
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_nothing_breaks_the_protocol(seed):
     report = simulate(seed, STEPS)
@@ -117,6 +118,7 @@ def first_violation(seeds) -> str:
     raise AssertionError("no seed has noticed it")
 
 
+@pytest.mark.fault("F65")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_mutant_of_the_protocol_is_caught(mutant):
     seed, breaks = MUTANTS[mutant]

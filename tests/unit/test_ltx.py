@@ -128,12 +128,14 @@ def test_the_index_of_the_worked_example_is_found_from_the_end() -> None:
     assert (index.pgnos.tolist(), index.offsets.tolist(), index.sizes.tolist()) == ([2], [100], [43])
 
 
+@pytest.mark.fault("F51")
 def test_every_truncation_of_the_worked_example_is_refused() -> None:
     for size in range(len(EXAMPLE)):
         with pytest.raises(FormatError):
             decode_file(EXAMPLE[:size])
 
 
+@pytest.mark.fault("F51")
 def test_every_flipped_bit_of_the_worked_example_is_refused() -> None:
     _, pages, _ = decode_file(EXAMPLE)
     for at in range(len(EXAMPLE) * 8):
@@ -184,11 +186,13 @@ def test_a_frame_with_a_wrong_content_checksum_is_refused() -> None:
         decode_file(built(HEADER, [(1, 0, bytes(stored), page(1))]))
 
 
+@pytest.mark.fault("F53")
 def test_a_frame_that_grows_beyond_the_page_is_refused() -> None:
     with pytest.raises(FormatError, match="513 bytes, expecting 512"):
         decode_file(built(HEADER, [(1, 0, lz4.frame.compress(bytes(1 << 16), content_checksum=True), page(0))]))
 
 
+@pytest.mark.fault("F53")
 @pytest.mark.parametrize("size", [511, 513, 1 << 22])
 def test_a_block_of_another_size_than_the_page_is_refused(size: int) -> None:
     with pytest.raises(FormatError):
@@ -214,6 +218,7 @@ def one(pgno: int, flags: int = 1) -> tuple[int, int, bytes, bytes]:
 SNAPSHOT = replace(HEADER, min_txid=TXID(1))
 
 
+@pytest.mark.fault("F52")
 @pytest.mark.parametrize(
     ("header", "frames", "message"),
     [
@@ -254,6 +259,7 @@ def test_the_encoder_refuses_what_the_decoder_would(header: Header, pages: list[
         encode_file(header, pages)
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("beyond", [1, 2])
 def test_a_snapshot_passes_over_the_lock_page(beyond: int) -> None:
     lock = 0x40000000 // 65536 + 1
@@ -272,6 +278,7 @@ def test_a_snapshot_passes_over_the_lock_page(beyond: int) -> None:
     assert seen == [pgno for pgno in range(1, commit + 1) if pgno != lock]
 
 
+@pytest.mark.fault("F52")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -315,6 +322,7 @@ def tracked(pages: list[tuple[int, bytes]]) -> int:
     return total
 
 
+@pytest.mark.fault("F54")
 def test_a_tracked_snapshot_is_read_when_its_checksum_is_that_of_its_pages() -> None:
     header = replace(SNAPSHOT, flags=0, commit=2)
     frames = [one(1), one(2)]
@@ -326,11 +334,13 @@ def test_a_tracked_snapshot_is_read_when_its_checksum_is_that_of_its_pages() -> 
         decode_file(built(header, frames))
 
 
+@pytest.mark.fault("F54")
 def test_a_post_apply_checksum_without_tracking_is_refused() -> None:
     with pytest.raises(FormatError, match="post-apply checksum not allowed"):
         decode_file(built(HEADER, [one(1)], post=CHECKSUM_FLAG | 1))
 
 
+@pytest.mark.fault("F54")
 def test_files_with_tracking_are_not_written() -> None:
     with pytest.raises(FormatError):
         Encoder(lambda _: None, replace(HEADER, flags=0, pre_apply_checksum=CHECKSUM_FLAG | 1))

@@ -39,6 +39,7 @@ def test_the_file_has_no_holes_so_that_a_full_disk_cannot_kill_the_process(tmp_p
     table.close()
 
 
+@pytest.mark.fault("F23")
 def test_a_disk_that_is_full_when_the_table_grows_leaves_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -138,6 +138,7 @@ def outcome(client: MemoryClient, folder: Path) -> tuple[bytes, CorruptReplica |
         return b"", error
 
 
+@pytest.mark.fault("F51")
 @pytest.mark.parametrize("txid", [1, 2, 3])
 def test_every_damaged_byte_of_every_file_is_found(tmp_path: Path, txid: int) -> None:
     """Also in pages that a later file replaces, and for truncation at every length."""
@@ -155,6 +156,7 @@ def test_every_damaged_byte_of_every_file_is_found(tmp_path: Path, txid: int) ->
             assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("F51")
 def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
     """The index claims another page than the frames hold; a file that is read twice could show different contents, too."""
     client = MemoryClient()
@@ -184,6 +186,7 @@ def test_a_page_that_no_file_holds_is_refused(tmp_path: Path) -> None:
         restored(client, tmp_path)
 
 
+@pytest.mark.fault("F52")
 def test_a_huge_commit_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
     client = MemoryClient()
     store(client, 0, 1, 1, 1, [1])
@@ -217,6 +220,7 @@ class Unsteady(MemoryClient):
         return Dropping(stream.getvalue())
 
 
+@pytest.mark.fault("F33")
 def test_a_dropped_connection_is_resumed_at_its_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Unsteady(0)
     store(client, 0, 1, 1, 4, [1, 2, 3, 4])
@@ -233,6 +237,7 @@ def test_a_dropped_connection_is_resumed_at_its_offset(tmp_path: Path, monkeypat
     assert restored(client, tmp_path) == expected
 
 
+@pytest.mark.fault("F34")
 def test_a_file_that_retention_deletes_meanwhile_is_planned_around(tmp_path: Path) -> None:
     class Pruning(MemoryClient):
         pruned = False
@@ -251,6 +256,7 @@ def test_a_file_that_retention_deletes_meanwhile_is_planned_around(tmp_path: Pat
     assert client.pruned
 
 
+@pytest.mark.fault("F61")
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     class Intruder(MemoryClient):
         def open(self, info, *, offset=0, size=None):
@@ -265,6 +271,7 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> 
     assert (tmp_path / "out.db").read_text() == "mine"
 
 
+@pytest.mark.fault("F61")
 def test_mode_is_kept_with_force_and_private_otherwise(tmp_path: Path) -> None:
     client = MemoryClient()
     chain_of_three(client)
@@ -357,6 +364,7 @@ def test_all_replicas_must_answer_before_a_lost_database_begins_anew(tmp_path: P
         newest_first([client, Down()], all_must_answer=True)
 
 
+@pytest.mark.fault("F32")
 def test_raw_files_are_listed_before_all_others() -> None:
     """What is merged and deleted between two listings is then found in the level above."""
 
@@ -374,6 +382,7 @@ def test_raw_files_are_listed_before_all_others() -> None:
     assert sorted(client.listed) == list(range(10))
 
 
+@pytest.mark.fault("F31")
 def test_an_object_that_is_shorter_than_it_was_listed_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     client = MemoryClient()
     store(client, 0, 1, 1, 4, [1, 2, 3, 4])

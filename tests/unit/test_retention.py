@@ -71,6 +71,7 @@ def test_files_in_use_stay() -> None:
     assert keys(safe_to_delete(files, doomed, {(0, 2, 2), (9, 1, 1)})) == [(0, 1, 1), (0, 3, 3)]
 
 
+@pytest.mark.fault("F34")
 def test_nothing_goes_when_the_rest_would_reach_less() -> None:
     """Level 1 has a hole where the raw files are old: its newest TXID says nothing about them."""
     files = listing(*[info(0, n, n, 900) for n in range(1, 9)], info(1, 1, 3), info(1, 6, 8))
@@ -78,6 +79,13 @@ def test_nothing_goes_when_the_rest_would_reach_less() -> None:
     assert (0, 4, 4) in keys(doomed)
     with pytest.raises(NonContiguous):
         safe_to_delete(files, doomed)
+
+
+def test_nothing_goes_when_the_newest_state_would_be_an_older_one() -> None:
+    """No gap opens and no image is left to lead anywhere: only the end of the plan tells."""
+    files = listing(info(0, 1, 1, 900), info(0, 2, 2, 900))
+    with pytest.raises(NonContiguous):
+        safe_to_delete(files, [info(0, 2, 2, 900)])
 
 
 def test_nothing_goes_when_the_chain_is_broken_already() -> None:

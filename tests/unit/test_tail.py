@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from replicator.format.wal import FrameHeader, WALHeader
 from replicator.tail import NO_WAL, Continue, Nothing, Resynchronise, WALPosition, decide
 
@@ -24,11 +26,13 @@ def test_a_position_before_the_first_frame_needs_no_last_frame() -> None:
     assert decided(start, last=None) == Continue(start, restarted=False)
 
 
+@pytest.mark.fault("F12")
 def test_an_overwritten_or_missing_last_frame_resynchronises() -> None:
     for last in (None, FrameHeader(3, 9, 1, 2, 50, 61), FrameHeader(3, 9, 1, 3, 50, 60)):
         assert isinstance(decided(last=last), Resynchronise)
 
 
+@pytest.mark.fault("F10")
 def test_other_salts_continue_only_when_the_restart_is_proven() -> None:
     assert isinstance(decided(header=RESTARTED), Resynchronise)
     assert decided(header=RESTARTED, proven=True) == Continue(WALPosition((5, 6), 32, (70, 80)), restarted=True)

@@ -105,6 +105,7 @@ def test_any_way_of_cutting_gives_the_same_bytes(data: bytes, cut: int, piece: i
     assert decode(encode_frame(data), cut, piece_bytes=piece) == data
 
 
+@pytest.mark.fault("F53")
 def test_a_bomb_comes_out_in_bounded_pieces() -> None:
     frame = encode_frame(bytes(256 << 20))
     assert len(frame) < 2 << 20

@@ -51,6 +51,7 @@ def test_the_newest_state_is_restored(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out.db"]
 
 
+@pytest.mark.fault("F18")
 def test_mode_and_side_files_are_those_of_every_restore(tmp_path: Path) -> None:
     output = tmp_path / "out.db"
     output.write_bytes(b"old")
@@ -70,6 +71,7 @@ def test_the_integrity_check_comes_before_the_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.fault("F64")
 @pytest.mark.parametrize("place", [(0, 0), (0, 32 + 2 * FRAME), (1, 0)])
 def test_a_missing_segment_is_named_and_nothing_is_left(place: tuple[int, int], tmp_path: Path) -> None:
     name = segment(*place)
@@ -144,6 +146,7 @@ def test_a_page_that_was_cut_off_and_is_inside_again_has_its_old_image(tmp_path:
     assert (tmp_path / "out.db").read_bytes()[3 * PAGE :] == page(4, 7)
 
 
+@pytest.mark.fault("F64")
 def test_offsets_beyond_four_gibibytes_join() -> None:
     far = SegmentInfo(GENERATION, 0, 1 << 32, 10, 0)
     with tempfile.TemporaryFile() as file, Replay(file.fileno(), "x", folder=Path(tempfile.gettempdir())) as replay:

@@ -130,6 +130,7 @@ def test_a_frame_of_page_zero_is_the_end_even_with_a_right_checksum(tmp_path: Pa
     assert len(scan(data, decode_wal_header(data))) == 2
 
 
+@pytest.mark.fault("F12")
 def test_frames_of_an_older_run_of_the_wal_are_the_end(tmp_path: Path) -> None:
     """After a checkpoint SQLite starts at the front again, with new salts; the old frames stay behind the new ones."""
     connection = sqlite3.connect(tmp_path / "db", isolation_level=None)
@@ -148,6 +149,7 @@ def test_frames_of_an_older_run_of_the_wal_are_the_end(tmp_path: Path) -> None:
     assert frames.committed() == len(frames)
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize("cut", [1, 24, 535, 536])
 def test_a_short_last_frame_is_left_out_and_a_transaction_without_commit_is_not_counted(tmp_path: Path, cut: int) -> None:
     data = sqlite_wal(tmp_path / "db")

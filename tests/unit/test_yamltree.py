@@ -121,6 +121,7 @@ def laughs(depth: int) -> str:
     return "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, depth))
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize(
     "text",
     [
