@@ -17,6 +17,8 @@ import pytest
 import replicator.engine
 from replicator import livefile, parked
 from replicator.api import Replicator
+from replicator.errors import LeaseError
+from replicator.lease import Lease, release_lock
 from replicator.member import Limits, Member, Prepared
 from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
@@ -267,6 +269,39 @@ def test_somebody_who_asks_wakes_it(database: Path) -> None:
             time.sleep(0.5)
             assert found.state == "replicating"  # as long as it is in use
         until(lambda: found.state == "parked")
+
+
+def test_a_shared_lease_lets_databases_park_and_another_owner_in_the_meantime_is_found(database: Path) -> None:
+    """The lease alone says nothing: by this owner's clock it is still its own."""
+    home, client = MemoryClient(), MemoryClient()
+    lease = Lease(home, owner="one", background=False)
+
+    def prepare() -> Prepared:
+        return Prepared(Replicator(database, client, history=None, lease=lease), [client])
+
+    found = Member(database, prepare, folder=database.with_name(f".{database.name}-litestream") / "pyrepl")
+    store = Store([found], limits=Limits(park_after_s=0.1))
+    store.start()
+    try:
+        until(lambda: found.state == "parked" and record_of(database))
+        application = connect(database)
+        insert(application, 1)
+        until(lambda: found.txid == 2 and found.state == "parked")
+        release_lock(home, force=True)
+        copy = database.with_name("copy.db")
+        with Lease(home, owner="two", background=False) as other:
+            with Replicator(copy, client, history=None, lease=other, takeover=True) as second:
+                insert(connect(copy), 1)
+                second.wait(timeout_s=20)
+            theirs = {info: client.open(info).read() for info in client.list(0)}
+            insert(application, 1)
+            until(lambda: found.state == "failed")
+            assert isinstance(found.error, LeaseError)
+            assert {info: client.open(info).read() for info in client.list(0)} == theirs
+        application.close()
+    finally:
+        store.close(5)
+        lease.close()
 
 
 def test_a_large_database_is_not_parked(database: Path) -> None:
