@@ -219,6 +219,9 @@ class Wakeups:
         """
         self._leave, self._stops = leave, int(at_once)
         if threading.current_thread() is threading.main_thread():
+            # The interpreter writes the number itself: a handler in Python runs only once the main thread is back from `select`, and a signal
+            # that comes a moment before does not end that.
+            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             for number in numbers:
                 signal.signal(number, self._note)
 
@@ -227,15 +230,11 @@ class Wakeups:
             self._stops += 1
             if self._stops > 1:
                 self._leave(number)
-        self._write(number)
 
     def wake(self) -> None:
         """Let `wait` return."""
-        self._write(0)
-
-    def _write(self, number: int) -> None:
         with contextlib.suppress(BlockingIOError):  # full: it will be read
-            os.write(self._writer, bytes([number]))
+            os.write(self._writer, b"\0")
 
     def wait(self) -> bytes:
         """Sleep until something arrives; returns the numbers of signals, and 0 for what is no signal."""

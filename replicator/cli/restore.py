@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -145,12 +146,16 @@ def _follow(client: ReplicaClient, output: str, flags: dict[str, str], interval_
 
     started = time.monotonic()
     stop = threading.Event()
+    woken, waker = os.pipe()
+    os.set_blocking(waker, False)
 
     def on_signal(number: int, _: object) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
+        # Written by the interpreter itself: a signal that comes a moment before the main thread waits would not end the wait.
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
     check = flags.get("integrity-check", "none")
@@ -169,6 +174,10 @@ def _follow(client: ReplicaClient, output: str, flags: dict[str, str], interval_
                 progress=bar.show,
                 applied=lambda _: bar.close(),
             )
+            task.add_done_callback(lambda _: os.write(waker, b"\0"))
+            while not task.done():
+                select.select([woken], [], [])
+                os.read(woken, 64)
             txid = task.result()
     finally:
         client.close()

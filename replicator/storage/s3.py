@@ -23,6 +23,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import re
 import threading
 import time
@@ -154,7 +155,7 @@ class S3Client:
         self._page_size = page_size
         self._single_put_bytes = single_put_bytes
         self._max_attempts = max_attempts
-        self._api: Any = None
+        self._api: tuple[Any, _Key] | None = None
         self._api_lock = threading.Lock()
         self._path_is_doubtful = settings.path in ("", ".")
         self._key_arguments = _customer_key(settings)
@@ -298,9 +299,9 @@ class S3Client:
 
     def close(self) -> None:
         with self._api_lock:
-            api, self._api = self._api, None
-        if api is not None:
-            _give_back(self.settings, self._max_attempts)
+            taken, self._api = self._api, None
+        if taken is not None:
+            _give_back(taken[1])
 
     # -- requests ----------------------------------------------------------------------------------------------------------------
 
@@ -310,7 +311,7 @@ class S3Client:
         with self._api_lock:
             if self._api is None:
                 self._api = _take_api(self.settings, self._max_attempts)
-            return self._api
+            return self._api[0]
 
     def _level_prefix(self, level: int) -> str:
         # With an empty path the key begins with a slash, as Litestream's do.
@@ -523,22 +524,29 @@ class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
 
 
-_apis: dict[tuple[S3Settings, int], tuple[Any, int]] = {}
+_Key = tuple[S3Settings, int, bytes]
+_apis: dict[_Key, tuple[Any, int]] = {}
 _apis_lock = threading.Lock()
 
 
-def _take_api(settings: S3Settings, max_attempts: int) -> Any:
-    """Return the boto3 client that all replicas in a bucket share: making one takes 20 ms, and half a megabyte. Give it back."""
-    key = replace(settings, path="."), max_attempts
+def _take_api(settings: S3Settings, max_attempts: int) -> tuple[Any, _Key]:
+    """Return the boto3 client that all replicas in a bucket share, and its key: making one takes 20 ms, and half a megabyte. Give the key back.
+
+    What boto3 reads of the environment is part of the key: a client goes on with the credentials that it was made with.
+    """
+    key = (
+        replace(settings, path="."),
+        max_attempts,
+        tuple(f"{name}={value}" for name, value in os.environ.items() if name.startswith("AWS_")),
+    )
     with _apis_lock:
         api, users = _apis.get(key) or (_make_api(settings, max_attempts=max_attempts), 0)
         _apis[key] = api, users + 1
-        return api
+        return api, key
 
 
-def _give_back(settings: S3Settings, max_attempts: int) -> None:
+def _give_back(key: _Key) -> None:
     """The last one who gives it back closes it, and with it what hangs."""
-    key = replace(settings, path="."), max_attempts
     with _apis_lock:
         api, users = _apis.pop(key)
         if users > 1:
