@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replicator.atomic import sweep
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image
 from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaBroken, StorageUnavailable
@@ -273,6 +274,7 @@ class Engine:
         for last in (False, False, False, False, True):
             try:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sweep(self._folder)
                 return
             except BlockingIOError:
                 if last:
