@@ -629,14 +629,18 @@ class Replicator:
             return image.max_txid
 
     def _make_image(self) -> OutFile:
-        # First without asking: the engine may be waiting for the very replica that waits for this image.
+        # First without asking, then without waiting for the answer: the engine may be waiting for the very replica that waits for this image.
         for left in reversed(range(IMAGE_TRIES)):
             try:
                 return self._engine.snapshot()
             except NotSynced:
                 if not left:
                     raise
-            self._board.ask(time.monotonic() + IMAGE_TIMEOUT_S, lambda: self._board.error or "the engine is busy")
+            self._board.ask(
+                time.monotonic() + IMAGE_TIMEOUT_S,
+                lambda: self._board.error or "the engine is busy",
+                enough=lambda: self._engine.can_snapshot,
+            )
         raise AssertionError("unreachable")
 
     def status(self) -> Status:

@@ -230,13 +230,16 @@ class Board:
             if is_news:  # a look at a database at rest wakes nobody
                 self.changed.notify_all()
 
-    def ask(self, end: float | None, pending: Callable[[], str]) -> TXID:
-        """Let the engine look at the WAL now; returns the TXID that holds everything committed before the call."""
+    def ask(self, end: float | None, pending: Callable[[], str], *, enough: Callable[[], bool] = lambda: False) -> TXID:
+        """Let the engine look at the WAL now; returns the TXID that holds everything committed before the call.
+
+        `enough`: what ends the waiting before that; the TXID then says nothing.
+        """
         with self.changed:
             self._asked += 1
             mine = self._asked
             self.changed.notify_all()
-            self.until(lambda: self._answered >= mine, end, pending)
+            self.until(lambda: self._answered >= mine or enough(), end, pending)
             return self._answered_txid
 
     # -- waiting -----------------------------------------------------------------------------------------------------------------

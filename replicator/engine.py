@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replicator.atomic import sweep
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image
 from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaBroken, StorageUnavailable
@@ -273,6 +274,7 @@ class Engine:
         for last in (False, False, False, False, True):
             try:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sweep(self._folder)
                 return
             except BlockingIOError:
                 if last:
@@ -691,6 +693,12 @@ class Engine:
         """True when `advance` has something to encode that a checkpoint read."""
         return bool(self._tails)
 
+    @property
+    def can_snapshot(self) -> bool:
+        """True when there is one state that `snapshot` can take, and not one that `advance` must hand out first. Without the lock it is a hint."""
+        looked = self._database.is_attached and self._resync_reason is None and not self._tails
+        return looked and self.txid > 0 and self._commit > 0
+
     def snapshot(self) -> OutFile:
         """Encode a level-9 file of the newest TXID while commits, syncs and checkpoints go on. May run in any thread.
 
@@ -701,8 +709,7 @@ class Engine:
             DatabaseStateError: continuity was lost meanwhile.
         """
         with self.lock:
-            looked = self._database.is_attached and self._resync_reason is None and not self._tails
-            if not (looked and self.txid and self._commit):
+            if not self.can_snapshot:
                 raise NotSynced(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
             snapshot = Snapshot(self._database, txid=self.txid, commit=self._commit, position=self._position, folder=self._folder)
             header, xor = self._header(TXID(1), self.txid, self._commit, self._position), self._xor

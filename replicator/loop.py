@@ -173,9 +173,12 @@ class EngineThread:
         counts.checkpoint_s += time.monotonic() - began
 
     def _wait_for_room(self) -> None:
-        """While no replica takes anything and the staging folder is full, the WAL is the queue."""
+        """While no replica takes anything and the staging folder is full, the WAL is the queue.
+
+        Not while there is no state to take an image of: a replica that lacks files, and would make room, waits for that image.
+        """
         board = self._board
-        while board.has_unstored() and self._engine.staging_is_full():
+        while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():
             board.report(StorageUnavailable(f"no replica reachable and the staging folder is full: {board.path}"))
             with board.changed:
                 board.changed.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)

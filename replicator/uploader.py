@@ -54,6 +54,9 @@ class Uploader:
                 replica.error = str(error)
                 board.fail(error)
                 return
+            except SourceFailed as error:  # this replica is in reach, and there is something else to try: a full image
+                self._note(error)
+                continue
             except (ReplicatorError, OSError) as error:
                 failures += 1
                 delay = WRONG_REPLICA_RETRY_S if isinstance(error, ReplicaStateError) else RETRY_S[min(failures, len(RETRY_S)) - 1]
@@ -70,14 +73,18 @@ class Uploader:
 
     def _wait(self, error: Exception, delay_s: float) -> None:
         with self._board.changed:
-            if self._replica.error != str(error):
-                log.warning("upload failed replica=%s error=%r", self._replica.url, str(error))
-            self._replica.error = str(error)
+            self._note(error)
             self._replica.retries += 1
-            self._board.changed.notify_all()
             began = time.monotonic()
             while not self._board.ends and (left := began + min(delay_s, self._board.retry_s) - time.monotonic()) > 0:
                 self._board.changed.wait(left)
+
+    def _note(self, error: Exception) -> None:
+        with self._board.changed:
+            if self._replica.error != str(error):
+                log.warning("upload failed replica=%s error=%r", self._replica.url, str(error))
+            self._replica.error = str(error)
+            self._board.changed.notify_all()
 
     def _work(self) -> Callable[[], None] | None:
         """What to do next; None when the replica has everything."""

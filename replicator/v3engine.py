@@ -236,6 +236,11 @@ class V3Engine(Engine):
     def settled(self, entry: Entry) -> None:
         """Nothing to move: what is stored and staged says where to go on."""
 
+    def stage(self, entry: Entry) -> Entry | None:
+        """As there; beyond the folder's bound, too, while a generation is wanted: whoever waits for that one makes room."""
+        assert self._staging is not None
+        return self._staging.stage(entry) if self._wanted else super().stage(entry)
+
     def forget(self, entry: Entry) -> None:
         if self._staging is not None:
             self._staging.remove(entry)
@@ -299,9 +304,14 @@ class V3Engine(Engine):
     def checkpoint(self) -> bool:
         return not self._is_too_far and super().checkpoint()
 
+    @property
+    def can_snapshot(self) -> bool:
+        """As there; a generation that is wanted begins first."""
+        return self.txid > 0 and self._resync_reason is None and not self._tails and not self._wanted
+
     def snapshot(self) -> OutFile:
         with self.lock:
-            if not self.txid or self._resync_reason is not None or self._tails:
+            if not self.can_snapshot:
                 raise NotSynced(f"no synced state to take a snapshot of: {self.path}", hint="call sync() first")
             snapshot = Snapshot(self._database, txid=self.txid, commit=self._commit, position=self._position, folder=self._folder)
             timestamp_ms = self._next_timestamp_ms()

@@ -3,11 +3,14 @@
 There are two sets of rules, each that of the release whose data the replica is:
 
 **A replica with 0.3 data only** is restored as 0.3.13 does it. Of the generations (all, or the one that was named) whose first and last file
-enclose the time, the one with the newest file; without a time, the one with the newest file of all. Between two generations, where 0.3.13
-finds nothing, the end of the earlier one is the newest state that is not later than the time, as it is for 0.5.17. In the generation the
-snapshot that was created last, at or before the time; by index, the highest that is not above it. Then segments in order of index and offset, up to the first that is newer than the
-time or has a higher index: they are not skipped one by one, because times can be out of order. The snapshot's own index is always replayed from
-its beginning; lower ones are of no use.
+enclose the time, the one with the newest file; without a time, the one with the newest file of all. In it the snapshot that was created last, at
+or before the time; by index, the highest that is not above it. Then segments in order of index and offset, up to the first that is newer than
+the time or has a higher index: they are not skipped one by one, because times can be out of order. The snapshot's own index is always replayed
+from its beginning; lower ones are of no use.
+
+At two kinds of times 0.3.13 finds nothing, and 0.5.17 the end of the generation before, the newest state that is not later; so do we. One is
+between two generations. The other is in a generation, before its first snapshot: 0.3.13 replaces a snapshot by a later one of the same index,
+and what was stored before that one stays.
 
 **Beside LTX data** it is restored as 0.5.17 does it: the newest snapshot of all generations, and the segments of its generation.
 
@@ -111,16 +114,20 @@ def plan_v3(
 
 
 def _generation_at(generations: Sequence[Generation], timestamp_ns: int | None) -> Generation:
-    spans = [(item.newest_ns, item.oldest_ns, item) for item in generations]
-    fitting = [(newest, item) for newest, oldest, item in spans if timestamp_ns is None or oldest <= timestamp_ns <= newest]
-    if not fitting:
-        assert timestamp_ns is not None
-        first, last = min(oldest for _, oldest, _ in spans), max(newest for newest, _, _ in spans)
-        if not first <= timestamp_ns <= last:
-            raise TimestampNotAvailable(time_of(timestamp_ns), oldest=time_of(first), newest=time_of(last))
-        ended = [(newest, item) for newest, _, item in spans if newest < timestamp_ns]
-        fitting = [pair for pair in ended if pair[1].snapshots] or ended
-    return max(fitting, key=lambda pair: pair[0])[1]
+    if timestamp_ns is None:
+        return max(generations, key=_newest_ns)
+    around = [item for item in generations if item.oldest_ns <= timestamp_ns <= item.newest_ns]
+    first, last = min(item.oldest_ns for item in generations), max(map(_newest_ns, generations))
+    if not first <= timestamp_ns <= last:
+        raise TimestampNotAvailable(time_of(timestamp_ns), oldest=time_of(first), newest=time_of(last))
+    begun = [item for item in around if any(info.created_ns <= timestamp_ns for info in item.snapshots)]
+    ended = [item for item in generations if item.newest_ns < timestamp_ns]
+    # The last two have nothing to begin with, and are told so.
+    return max(begun or [item for item in ended if item.snapshots] or around or ended, key=_newest_ns)
+
+
+def _newest_ns(generation: Generation) -> int:
+    return generation.newest_ns
 
 
 def plan_generation(generation: Generation, *, index: int | None = None, timestamp_ns: int | None = None) -> V3Plan:
@@ -202,10 +209,12 @@ def timeline(generations: Sequence[Generation]) -> list[Step]:
     ends: dict[SnapshotInfo, tuple[tuple[SegmentInfo, ...], int]] = {}
     before: tuple[_Track, SnapshotInfo, int] | None = None
     for time_ns in sorted({info.created_ns for track in tracks for info in track.generation.files}):
-        open_now = [track for track in tracks if track.oldest_ns <= time_ns <= track.newest_ns]
-        track = max(open_now, key=lambda item: item.newest_ns)
+        begun = [track for track in tracks if track.begun_ns <= time_ns <= track.newest_ns]
+        if not begun:
+            continue
+        track = max(begun, key=lambda item: item.newest_ns)
         snapshot, visible = track.at(time_ns)
-        if snapshot is None or (track, snapshot, visible) == before:
+        if (track, snapshot, visible) == before:
             continue
         segments = track.generation.segments
         if before is not None and before[:2] == (track, snapshot):
@@ -221,19 +230,19 @@ def timeline(generations: Sequence[Generation]) -> list[Step]:
 
 
 class _Track:
-    """A generation as time goes on. A segment counts once all before it are there: plans stop at the first that is too new."""
+    """A generation with a snapshot, as time goes on. A segment counts once all before it are there: plans stop at the first that is too new."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-        self.oldest_ns, self.newest_ns = generation.oldest_ns, generation.newest_ns
+        self.newest_ns = generation.newest_ns
         self._visible_ns = [*accumulate((info.created_ns for info in generation.segments), max)]
         self._snapshots = sorted(generation.snapshots, key=lambda info: (info.created_ns, info.index))
         self._snapshots_ns = [info.created_ns for info in self._snapshots]
+        self.begun_ns = self._snapshots_ns[0]
 
-    def at(self, time_ns: int) -> tuple[SnapshotInfo | None, int]:
-        """Return the snapshot that a plan begins with, and how many segments it sees."""
-        at = bisect_right(self._snapshots_ns, time_ns)
-        return self._snapshots[at - 1] if at else None, bisect_right(self._visible_ns, time_ns)
+    def at(self, time_ns: int) -> tuple[SnapshotInfo, int]:
+        """Return the snapshot that a plan begins with, and how many segments it sees. Not before `begun_ns`."""
+        return self._snapshots[bisect_right(self._snapshots_ns, time_ns) - 1], bisect_right(self._visible_ns, time_ns)
 
 
 def _newest_snapshot(generations: Sequence[Generation], timestamp_ns: int | None) -> SnapshotInfo | None:

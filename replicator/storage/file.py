@@ -30,6 +30,7 @@ from typing import Self
 from replicator.atomic import AtomicFile, is_temporary, link_file, make_directories, sweep, sync_directory, write_all, write_file
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo
+from replicator.format.v3 import GENERATIONS
 from replicator.storage.base import (
     FROM_START,
     LITESTREAM,
@@ -77,7 +78,8 @@ class FileClient:
         self.root = Path(os.path.abspath(root))
         self.layout = layout
         self._prepared: set[int] = set()
-        self._swept: set[Path] = set()
+        self._made: set[Path] = set()
+        self._swept = False
         self._prepare_lock = threading.Lock()
 
     @property
@@ -135,6 +137,7 @@ class FileClient:
         if isinstance(body, Path):
             os.stat(body)  # a body that is missing is the caller's error, not the replica's
         with _translated(path):
+            self._sweep_once()
             self._prepare(level)
             try:
                 size = _store(body, path, overwrite=not if_absent, mtime_ns=timestamp_ms * 1_000_000)
@@ -167,6 +170,7 @@ class FileClient:
         path = self._control_path(name)
         with self._control_lock(), _translated(path):
             self._check_conditions(name, if_match=if_match, if_absent=if_absent)
+            self._sweep_once()
             make_directories(path.parent)
             write_file(path, data)
         return _etag(data)
@@ -200,10 +204,10 @@ class FileClient:
             os.stat(body)  # a body that is missing is the caller's error, not the replica's
         created_ns = time.time_ns()
         with _translated(path):
-            if path.parent not in self._swept:
+            self._sweep_once()
+            if path.parent not in self._made:
                 make_directories(path.parent)
-                sweep(path.parent)
-                self._swept.add(path.parent)
+                self._made.add(path.parent)
             try:
                 size = _store(body, path, overwrite=not if_absent, mtime_ns=created_ns)
             except FileNotFoundError:
@@ -243,8 +247,19 @@ class FileClient:
                     with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                         yield entry.name, entry.stat(follow_symlinks=False)
 
+    def _sweep_once(self) -> None:
+        """Before the first write, sweep what dead writers left: in all folders, because there may be some that nobody writes to again."""
+        if self._swept:
+            return
+        with self._prepare_lock:
+            tops = (self.level_path(0).parent, self.root / GENERATIONS, self.root / _LOCK_NAME.partition("/")[0])
+            for folder in (self.root, *(Path(name) for top in tops for name, _, _ in os.walk(top))):
+                with contextlib.suppress(OSError):  # not there, or not ours
+                    sweep(folder)
+            self._swept = True
+
     def _prepare(self, level: int) -> None:
-        """Make the folder of a level, once for each client and level, and sweep what dead writers left in it."""
+        """Make the folder of a level, once for each client and level."""
         if level in self._prepared:
             return
         with self._prepare_lock:
@@ -253,7 +268,6 @@ class FileClient:
             # A folder that was there may have been made just before a crash or by a writer that has not come to its fsync.
             sync_directory(folder.parent)
             sync_directory(self.root)
-            sweep(folder)
             self._prepared.add(level)
 
     def _control_path(self, name: str) -> Path:

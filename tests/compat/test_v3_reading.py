@@ -27,8 +27,9 @@ from replicator.v3restore import list_generations
 from replicator.v3verify import verify_any
 from tests.compat.litestream import litestream, restore
 from tests.compat.litestream03 import litestream03, replicating03
+from tests.e2e.databases import checkpointed_bytes, connect, insert
 from tests.servers import ACCESS, SECRET, Server
-from tests.v3data import page, segment, wal
+from tests.v3data import GENERATION, page, segment, wal
 from tests.v3data import replica as replica_of
 
 
@@ -92,6 +93,14 @@ class Replica:
         assert done.returncode in (0, 1)
         return None if done.returncode else out.read_bytes()
 
+    def theirs_of_the_generation_before(self, time_ns: int) -> bytes | None:
+        """What 0.3.13 restores of the newest generation that it can restore at a time, or that had ended, when it is told which one."""
+        for item in sorted(self.generations, key=lambda item: -item.newest_ns):
+            time = min(time_ns, item.newest_ns)
+            if (found := self.theirs("-generation", item.name, "-timestamp", time_text(time))) is not None:
+                return found
+        return None
+
     def ours(self, **select: str) -> bytes | None:
         out = self.config.parent / "ours.db"
         try:
@@ -148,8 +157,8 @@ def test_every_time_restores_as_it_does(replica: Replica) -> None:
     outcomes = []
     for time_ns in asked:
         ours, theirs = replica.ours(timestamp=time_text(time_ns)), replica.theirs("-timestamp", time_text(time_ns))
-        if theirs is None and times[0] <= time_ns <= times[-1]:  # between the generations: the end of the first, and it has nothing
-            theirs = outcomes[-1]
+        if theirs is None and times[0] <= time_ns <= times[-1]:
+            theirs = replica.theirs_of_the_generation_before(time_ns)
         assert ours == theirs, time_text(time_ns)
         outcomes.append(ours)
     assert outcomes[0] is None is outcomes[-1]
@@ -175,15 +184,17 @@ def test_a_converted_replica_restores_every_moment(replica: Replica, tmp_path: P
     target = open_client(replica.url.replace("v3/reading", f"v3/{tmp_path.name}") if "s3://" in replica.url else f"file://{tmp_path}/ltx")
     convert(replica.client, target)
     times = sorted({info.created_ns for item in replica.generations for info in item.files})
+    first = min(info.created_ns for item in replica.generations for info in item.snapshots)
     checked = 0
     for time_ns in sorted({edge // 10**6 * 10**6 + more for edge in times for more in (0, 10**6)} | {*apart(times)}):
         expected = replica.ours(timestamp=time_text(time_ns))
+        assert (expected is not None) == (first <= time_ns <= times[-1]), time_text(time_ns)
         if expected is None:
             continue
         replicator.restore(target, tmp_path / "out.db", timestamp=time_text(time_ns), force=True)
         assert (tmp_path / "out.db").read_bytes() == expected, time_text(time_ns)
         checked += 1
-    assert checked >= len(apart(times))
+    assert checked >= len([time_ns for time_ns in apart(times) if time_ns >= first])
 
 
 def test_the_next_release_restores_what_was_converted(replica: Replica, tmp_path: Path) -> None:
@@ -205,6 +216,48 @@ def test_verify_compares_its_replica_with_the_database(replica: Replica) -> None
     verdict = verify_any(replica.database, replica.client, timeout_s=1)
     newest = max(replica.generations, key=lambda item: item.newest_ns)
     assert (verdict.finding, verdict.position[:16]) == ("agrees", newest.name), verdict
+
+
+@pytest.mark.parametrize("first_of_later", [13, 14, 20], ids=["overlapping", "same-second", "apart"])
+def test_before_its_first_snapshot_a_generation_has_not_begun(tmp_path: Path, first_of_later: int) -> None:
+    """0.3.13 replaces the snapshot of an index by a later one. What it then refuses to restore, 0.5.17 restores as we do."""
+    root, start, later = tmp_path / "replica", 1_700_000_000, "ffee000000000000"
+    database, journal = tmp_path / "a.db", tmp_path / "a.db-wal"
+    connection = connect(database)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    image, cuts, states = database.read_bytes(), list[int](), list[bytes]()
+    for _ in range(3):
+        insert(connection, 1)
+        cuts.append(journal.stat().st_size)
+        states.append(checkpointed_bytes(database, tmp_path))
+    objects = replica_of(image, [journal.read_bytes()], [cuts])
+    connection.close()
+    stored = [
+        *zip(objects, objects.values(), (10, 11, 12, 14), strict=True),
+        *zip((name.replace(GENERATION, later) for name in objects), objects.values(), (22, first_of_later, 21, 23), strict=True),
+    ]
+    for name, data, second in stored:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        os.utime(path, ns=((start + second) * 10**9,) * 2)
+    outcomes = {}
+    for second in (9, 10, 12, 13, 14, 20, 21, 22, 24):
+        out, time = tmp_path / f"{second}.db", time_text((start + second) * 10**9)
+        with contextlib.suppress(ReplicatorError):
+            replicator.restore(f"file://{root}", out, timestamp=time)
+        ours = out.read_bytes() if out.exists() else None
+        next_release = tmp_path / f"{second}.next.db"
+        litestream("restore", "-timestamp", time, "-o", str(next_release), f"file://{root}")
+        assert ours == (next_release.read_bytes() if next_release.exists() else None), second
+        old_release = tmp_path / f"{second}.old.db"
+        done = litestream03("restore", "-timestamp", time, "-o", str(old_release), f"file://{root}")
+        outcomes[second] = (done.returncode == 0, ours)
+        assert done.returncode == 1 or old_release.read_bytes() == ours, second
+    assert [second for second, (_, ours) in outcomes.items() if ours is None] == [9, 24]
+    headless = [second for second in outcomes if min(first_of_later, 15) <= second < 22]
+    assert [second for second, (restored, _) in outcomes.items() if not restored] == [9, *headless, 24]
+    assert [outcomes[second][1] for second in (13, 14, 21)] == [states[1], states[2], states[2]]
 
 
 def test_the_choice_between_the_formats_is_the_next_releases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

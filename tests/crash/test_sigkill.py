@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from replicator import Replicator
-from tests.e2e.databases import checkpointed_bytes, connect, restored
+from tests.e2e.databases import checkpointed_bytes, connect, insert, restored
 
 CHILD = """
 import sqlite3, sys
@@ -59,3 +61,27 @@ def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sixty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 60)
+
+
+@pytest.mark.parametrize("format", ["ltx", "v0.3"])
+def test_what_dead_writers_left_is_swept_wherever_it_lies(tmp_path: Path, format: Literal["ltx", "v0.3"]) -> None:
+    """Also in a generation, or on a level, that nobody writes to again soon. What a living one writes stays."""
+    database, root = tmp_path / "a.db", tmp_path / "replica"
+    application = connect(database)
+    with Replicator(database, f"file://{root}", format=format) as engine:
+        insert(application, 5)
+        engine.snapshot(timeout_s=60)
+    (root / "generations" / ("0" * 16) / "snapshots").mkdir(parents=True)
+    folders = [path for path in (root, *root.rglob("*"), *tmp_path.glob(".a.db-litestream/pyrepl/**")) if path.is_dir()]
+    assert len(folders) > 6
+    for folder in folders:
+        (folder / ".pyrepl-0123456789abcdef.tmp").write_bytes(b"half")
+    alive = root / ".pyrepl-fedcba9876543210.tmp"
+    with alive.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with Replicator(database, f"file://{root}", format=format) as engine:
+            insert(application, 5)
+            engine.wait(timeout_s=60)
+    application.close()
+    assert [path for path in tmp_path.rglob("*.tmp") if path != alive] == []
+    assert alive.exists()

@@ -15,10 +15,13 @@ import pytest
 
 from replicator import Replicator
 from replicator.compactor import compact
+from replicator.engine import NotSynced
 from replicator.errors import Diverged, Fenced, LineageMismatch, ReplicaStateError, ReplicatorError, StorageUnavailable, WaitTimeout
+from replicator.filling import SourceFailed
 from replicator.levels import History
-from replicator.outbox import Staging
+from replicator.outbox import OutFile, Staging
 from replicator.storage.memory import MemoryClient
+from replicator.uploader import Uploader
 from tests.e2e.databases import Flaky, checkpointed_bytes, connect, damage_files, drain, engine_for, insert, restored, rows, until
 
 TIMEOUT_S = 20
@@ -620,11 +623,36 @@ def test_a_replica_of_another_lineage_is_refused(tmp_path: Path) -> None:
         Replicator(tmp_path / "a.db", *clients).start()
 
 
-def test_a_replica_gets_its_image_while_the_engine_waits_for_that_replica(tmp_path: Path) -> None:
-    """One was away and its entries are gone; the other one dies, and the staging folder is full: the first comes back."""
+@pytest.mark.parametrize("tail", [False, True], ids=["read", "tail"])
+def test_a_replica_gets_its_image_while_the_engine_waits_for_that_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: bool
+) -> None:
+    """One was away and its entries are gone; the other one dies, and the staging folder is full: the first comes back.
+
+    `tail`: the folder is full when a checkpoint has found a commit that was not read yet, and that commit is handed out after somebody has
+    asked for an image: none can be taken before.
+    """
     database, one, two = tmp_path / "a.db", Flaky("one"), Flaky("two")
-    application = connect(database)
+    application, other = connect(database), connect(database)
+    wait, waited_for = Uploader._wait, list[Exception]()
+    monkeypatch.setattr(Uploader, "_wait", lambda self, error, delay_s: waited_for.append(error) or wait(self, error, delay_s))
     with Replicator(database, one, two, staging_limit_bytes=300_000, history=None) as replicator:
+        engine, refused = replicator._engine, list[bool]()
+        checkpoint, snapshot = engine.checkpoint, engine.snapshot
+
+        def checkpoint_with_a_tail() -> bool:
+            with engine.lock:
+                if two.down:
+                    other.execute("INSERT INTO t(v) VALUES('tail')")
+                    engine._staging.limit_bytes = 0  # full from this moment on
+            return checkpoint()
+
+        def snapshot_at_the_second_try() -> OutFile:
+            if not (refused or one.down):
+                refused.append(True)
+                raise NotSynced("not yet")
+            return snapshot()
+
         insert(application, 5)
         replicator.wait(timeout_s=TIMEOUT_S)
         one.down = True
@@ -633,13 +661,22 @@ def test_a_replica_gets_its_image_while_the_engine_waits_for_that_replica(tmp_pa
             replicator.wait(replicas=[two.url], timeout_s=TIMEOUT_S)
         with replicator._board.changed:
             replicator._board._outbox.clear()  # as when they became many
+        replicator._board.retry_s = 0.05
         two.down = True
+        if tail:
+            monkeypatch.setattr(engine, "checkpoint_due", lambda: two.down)
+            monkeypatch.setattr(engine, "checkpoint", checkpoint_with_a_tail)
+            monkeypatch.setattr(engine, "snapshot", snapshot_at_the_second_try)
         until(lambda: insert(application, 20, size=3000) or replicator._engine.staging_is_full())
         until(lambda: "staging folder is full" in (replicator.status().error or ""))
         one.down = False
         until(lambda: replicator.status().replicas[0].txid > 4)
-        two.down = False
+        assert not [error for error in waited_for if isinstance(error, SourceFailed)]  # the image is tried at once
+        assert len(refused) == tail
+        with engine.lock:
+            two.down = False
         replicator.wait(timeout_s=TIMEOUT_S)
         expected = checkpointed_bytes(database, tmp_path)
         assert restored(one, tmp_path).read_bytes() == restored(two, tmp_path).read_bytes() == expected
     application.close()
+    other.close()

@@ -291,6 +291,32 @@ def test_a_replica_that_was_away_gets_what_it_lacks(tmp_path: Path, database: Pa
     application.close()
 
 
+def test_a_generation_begins_while_the_engine_waits_for_the_replica_that_needs_it(
+    tmp_path: Path, database: Path, two: tuple[Away, Away]
+) -> None:
+    """One was away and its entries are gone; the other one dies, and the staging folder is full: the first comes back."""
+    application = connect(database)
+    with writer(database, *two, staging_limit_bytes=100_000) as engine:
+        insert(application, 5)
+        engine.wait(timeout_s=TIMEOUT_S)
+        two[0].down = True
+        insert(application, 5)
+        engine.wait(replicas="any", timeout_s=TIMEOUT_S)
+        with engine._board.changed:
+            engine._board._outbox.clear()  # as when they became many
+        engine._board.retry_s = 0.05
+        two[1].down = True
+        until(lambda: insert(application, 20, size=3000) or engine._engine.staging_is_full())
+        until(lambda: "staging folder is full" in (engine.status().error or ""))
+        assert len(generations(two[0].url)) == 1
+        two[0].down = False
+        until(lambda: len(generations(two[0].url)) == 2)
+        two[1].down = False
+        engine.wait(timeout_s=TIMEOUT_S)
+    assert both_are_exact(database, two, tmp_path)
+    application.close()
+
+
 @pytest.mark.parametrize("away_at_start", [False, True])
 def test_a_new_replica_is_filled_from_the_other(tmp_path: Path, database: Path, two: tuple[Away, Away], away_at_start: bool) -> None:
     application = connect(database)

@@ -67,6 +67,25 @@ def test_between_generations_the_earlier_one_ends(seconds: float) -> None:
     assert plan(older, ONE, headless, TWO, timestamp_ns=at) == plan(ONE)
 
 
+HEADLESS = generation("c" * 16, [(0, 22)], [(0, 0, 19), (0, 100, 23)])
+"""0.3.13 has replaced its first snapshot by a later one of the same index."""
+
+
+@pytest.mark.parametrize("seconds", [19, 21.9])
+def test_before_its_first_snapshot_a_generation_has_not_begun(seconds: float) -> None:
+    at = int(seconds * S)
+    assert plan(HEADLESS, ONE, timestamp_ns=at) == plan(ONE) == places(plan_beside_ltx("", [ONE, HEADLESS], timestamp_ns=at))
+    assert plan(HEADLESS, ONE, timestamp_ns=22 * S) == ("c" * 16, 0, [(0, 0)])
+    with pytest.raises(SnapshotNotAvailable, match="at or before"):
+        plan(HEADLESS, ONE, timestamp_ns=at, generation="c" * 16)
+
+
+def test_a_generation_goes_on_until_the_next_one_has_its_snapshot() -> None:
+    same_second = generation("c" * 16, [(0, 18)], [(0, 0, 16), (0, 100, 20)])
+    assert plan(same_second, ONE, timestamp_ns=16 * S) == plan(ONE)
+    assert plan(same_second, ONE, timestamp_ns=16 * S - 1) == plan(ONE, timestamp_ns=16 * S - 1) != plan(ONE)
+
+
 def test_the_plan_stops_at_the_first_segment_that_is_too_new() -> None:
     odd = generation(A, [(0, 1)], [(0, 0, 2), (0, 100, 9), (0, 200, 3), (1, 0, 4)])
     assert plan(odd, timestamp_ns=5 * S) == (A, 0, [(0, 0)])
@@ -136,7 +155,15 @@ def test_the_format_is_chosen_as_the_peer_does(files: dict[int, list[FileInfo]],
 def test_a_timeline_leads_through_the_plan_of_every_moment() -> None:
     odd = generation("c" * 16, [(0, 30), (1, 33)], [(0, 0, 31), (0, 100, 35), (1, 0, 32), (1, 100, 36)])
     overlapping = generation("d" * 16, [(0, 12.5)], [(0, 0, 40)])
-    for generations in ([ONE], [ONE, TWO], [ONE, TWO, odd], [ONE, odd, overlapping, TWO]):
+    same_second = generation("e" * 16, [(0, 18)], [(0, 0, 16), (0, 100, 20)])
+    for generations in (
+        [ONE],
+        [ONE, TWO],
+        [ONE, TWO, odd],
+        [ONE, odd, overlapping, TWO],
+        [ONE, HEADLESS, TWO],
+        [HEADLESS, same_second, ONE],
+    ):
         steps = timeline(generations)
         for tenths in range(90, 420):
             try:
