@@ -534,11 +534,8 @@ def _take_api(settings: S3Settings, max_attempts: int) -> tuple[Any, _Key]:
 
     What boto3 reads of the environment is part of the key: a client goes on with the credentials that it was made with.
     """
-    key = (
-        replace(settings, path="."),
-        max_attempts,
-        tuple(f"{name}={value}" for name, value in os.environ.items() if name.startswith("AWS_")),
-    )
+    environment = sorted(item for item in os.environb.items() if item[0].startswith(b"AWS_"))
+    key = replace(settings, path="."), max_attempts, hashlib.sha256(repr(environment).encode()).digest()  # has secrets in it
     with _apis_lock:
         api, users = _apis.get(key) or (_make_api(settings, max_attempts=max_attempts), 0)
         _apis[key] = api, users + 1
