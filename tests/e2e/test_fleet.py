@@ -204,6 +204,8 @@ def test_a_database_that_is_replaced(fleet: Fleet, parked: bool) -> None:
     with running("-config", fleet.configure(park="1s" if parked else "1h")) as process:
         fleet.listening(process)
         until(lambda: fleet.state_of("a.db") == ("parked" if parked else "replicating"))
+        if not parked:
+            assert fleet.sync("a.db") == 1
         connection = connect(fleet.folder / "new.db")
         insert(connection, 40)
         connection.close()
