@@ -237,7 +237,7 @@ def test_listings_refuse_what_they_cannot_do(command: str, tmp_path: Path, capsy
     assert run(capsys, command)[0] == 2
     assert run(capsys, command, "-nope", tmp_path)[0] == 2
     assert run(capsys, command, "-config", tmp_path / "c.yml", f"file://{tmp_path}")[0] == 1
-    assert run(capsys, command, f"gs://bucket/{tmp_path.name}")[0] == 1
+    assert run(capsys, command, f"ftp://host/{tmp_path.name}")[0] == 1
     code, out, _ = run(capsys, command, tmp_path)
     assert (code, out.count("\n")) == (0, 1)
 
