@@ -318,10 +318,11 @@ class Database:
 
     def observe(self, position: WALPosition, wal: WALFile | None) -> Decision:
         """Compare the WAL with the position of the last sync."""
-        header = wal.header() if wal else None
         last: FrameHeader | None = None
-        if wal is not None and header is not None and position.offset > frame_size(self.page_size):
+        if wal is not None and position.offset > frame_size(self.page_size):
             last = wal.frame_header(position.offset - frame_size(self.page_size))
+        # After the frame: a restart writes the header before it overwrites frames. So while the header is the old one, the frame was, too.
+        header = wal.header() if wal else None
         proven = self._attached and self._restart_allowed
         return decide(position, header, last, page_size=self.page_size, restart_proven=proven)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from replicator.db import Database
 from replicator.format.wal import FrameHeader, WALHeader
 from replicator.tail import NO_WAL, Continue, Nothing, Resynchronise, WALPosition, decide
 
@@ -48,3 +51,22 @@ def test_a_missing_wal_is_nothing_only_when_proven_or_never_there() -> None:
 
 def test_another_page_size_resynchronises() -> None:
     assert isinstance(decided(page_size=1024, proven=True), Resynchronise)
+
+
+def test_a_proven_restart_between_two_reads_of_the_wal_continues() -> None:
+    """A restart writes the header first and overwrites frames then. Read in the other order, old header and new frame look like damage."""
+
+    class RestartedAfterTheFirstRead:
+        reads = 0
+
+        def header(self) -> WALHeader:
+            self.reads += 1
+            return HEADER if self.reads == 1 else RESTARTED
+
+        def frame_header(self, offset: int) -> FrameHeader:
+            assert offset == POSITION.offset - 4120
+            self.reads += 1
+            return LAST if self.reads == 1 else FrameHeader(7, 7, 5, 6, 7, 7)
+
+    database = SimpleNamespace(page_size=4096, _attached=True, _restart_allowed=True)
+    assert Database.observe(database, POSITION, RestartedAfterTheFirstRead()) == Continue(WALPosition((5, 6), 32, (70, 80)), restarted=True)
