@@ -520,9 +520,9 @@ def test_drills_and_unknown_formats_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
-    assert threading.active_count() <= before
+    assert set(threading.enumerate()) <= before
 
 
 def test_nothing_is_asked_of_the_store_while_nobody_writes(database: Path, tmp_path: Path) -> None:
