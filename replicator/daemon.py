@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import subprocess
 import threading
@@ -36,6 +35,7 @@ from replicator.errors import ConfigError, ReplicatorError
 from replicator.fleet import Directories, Make
 from replicator.leases import Leases
 from replicator.memory import few_heaps
+from replicator.signalpipe import SignalPipe
 from replicator.storage import open_client, open_replica, redact
 from replicator.storage.measured import Operations, measured
 from replicator.storage.paced import Pace, paced
@@ -201,13 +201,11 @@ def leave(number: int) -> None:
     os._exit(128 + number)
 
 
-class Wakeups:
-    """The pipe. `wake` may be called from any thread and from signal handlers."""
+class Wakeups(SignalPipe):
+    """What the daemon waits for. A second signal that stops is for those who do not want to wait."""
 
     def __init__(self) -> None:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        os.set_blocking(self._reader, False)
+        super().__init__()
         self._stops = 0
         self._leave: Callable[[int], None] = leave
 
@@ -218,28 +216,13 @@ class Wakeups:
             at_once: at the first one already.
         """
         self._leave, self._stops = leave, int(at_once)
-        if threading.current_thread() is threading.main_thread():
-            # The interpreter writes the number itself: a handler in Python runs only once the main thread is back from `select`, and a signal
-            # that comes a moment before does not end that.
-            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            for number in numbers:
-                signal.signal(number, self._note)
+        self.take(numbers, self._note)
 
     def _note(self, number: int, _: object) -> None:
         if number in STOPS:
             self._stops += 1
             if self._stops > 1:
                 self._leave(number)
-
-    def wake(self) -> None:
-        """Let `wait` return."""
-        with contextlib.suppress(BlockingIOError):  # full: it will be read
-            os.write(self._writer, b"\0")
-
-    def wait(self) -> bytes:
-        """Sleep until something arrives; returns the numbers of signals, and 0 for what is no signal."""
-        select.select([self._reader], [], [])
-        return os.read(self._reader, 4096)
 
 
 class Child:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from replicator.cli.output import Bar, log_to, table, time_text
 from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.cli.restoretree import configured_directory, restore_tree
 from replicator.errors import NoBackups
+from replicator.signalpipe import SignalPipe
 
 if TYPE_CHECKING:
     from replicator.format.ltx import FileInfo
@@ -145,19 +145,13 @@ def _follow(client: ReplicaClient, output: str, flags: dict[str, str], interval_
     from replicator.follow import follow
 
     started = time.monotonic()
-    stop = threading.Event()
-    woken, waker = os.pipe()
-    os.set_blocking(waker, False)
+    stop, pipe = threading.Event(), SignalPipe()
 
     def on_signal(number: int, _: object) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
-        # Written by the interpreter itself: a signal that comes a moment before the main thread waits would not end the wait.
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+    pipe.take((signal.SIGINT, signal.SIGTERM), on_signal)
     check = flags.get("integrity-check", "none")
     try:
         # In a thread of its own: a handler that sets an event deadlocks when it interrupts that event's own wait.
@@ -174,10 +168,9 @@ def _follow(client: ReplicaClient, output: str, flags: dict[str, str], interval_
                 progress=bar.show,
                 applied=lambda _: bar.close(),
             )
-            task.add_done_callback(lambda _: os.write(waker, b"\0"))
+            task.add_done_callback(lambda _: pipe.wake())
             while not task.done():
-                select.select([woken], [], [])
-                os.read(woken, 64)
+                pipe.wait()
             txid = task.result()
     finally:
         client.close()

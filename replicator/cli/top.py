@@ -24,6 +24,7 @@ from replicator.cli.parse import Command, UsageError, duration_flag
 from replicator.cli.toprows import ORDERS, Sample
 from replicator.cli.topscreen import KEYS, Frame, View, print_json, print_lines, rendered
 from replicator.errors import ReplicatorError, RequestRefused
+from replicator.signalpipe import SignalPipe
 
 __all__ = ["COMMAND", "next_frame", "sample_of", "watch"]
 
@@ -127,19 +128,6 @@ def _keys(descriptor: int) -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """Let signals be bytes that come through the descriptor which this yields: an exception could come anywhere, even where it is swallowed."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH):
-        signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a shell would get the terminal without its echo
-    yield reader
-
-
 def watch(ask: Callable[[Frame | None], Frame], view: View, interval_s: float) -> int:
     """Show it on the terminal until somebody has enough. Returns the exit code."""
     from rich.console import Console
@@ -149,12 +137,15 @@ def watch(ask: Callable[[Frame | None], Frame], view: View, interval_s: float) -
     asking = _Asking(ask, interval_s)
     stdin = sys.stdin.fileno()
     shown = asking.frame
-    with _signals() as signals, _keys(stdin), Live(console=console, screen=True, auto_refresh=False) as live:
+    signals = SignalPipe()
+    signals.take((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH))
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a shell would get the terminal without its echo
+    with _keys(stdin), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             live.update(rendered(shown, view, console.width, console.height), refresh=True)
             ready, _, _ = select.select([asking.reader, stdin, signals], [], [])
             if signals in ready:
-                came = os.read(signals, 4096)
+                came = signals.wait()
                 if ends := [number for number in (signal.SIGTERM, signal.SIGHUP) if number in came]:
                     return 128 + ends[0]
                 if signal.SIGINT in came:
