@@ -112,8 +112,7 @@ def _as_raw(image: OutFile, scratch: Staging) -> OutFile:
             if encoder is None:
                 assert decoder.header is not None
                 encoder = Encoder(spool.write, replace(decoder.header, min_txid=decoder.header.max_txid))
-            for pgno, page, block in pages:
-                encoder.block(pgno, block, page)
+            encoder.blocks(pages)
         decoder.close()
         assert encoder is not None
         encoder.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from replicator.format.checksum import page_checksum
+from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Encoder, Header, format_name, parse_name
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EncodedPages", "Entry", "OutFile", "Spool", "Staging", "encode"]
 
 SPOOL_BYTES = 8 << 20
+BATCH_BYTES = 1 << 18
 DISK_RESERVE_BYTES = 64 << 20
 
 
@@ -260,11 +262,11 @@ def encode(
     pgnos, sums = array("I"), array("Q")
     try:
         encoder = Encoder(spool.write, header)
-        add_page, add_pgno, add_sum = encoder.page, pgnos.append, sums.append
-        for pgno, data in pages:
-            add_page(pgno, data)
-            add_pgno(pgno)
-            add_sum(page_checksum(pgno, data))
+        following = iter(pages)
+        while batch := list(itertools.islice(following, max(1, BATCH_BYTES // header.page_size))):
+            encoder.pages(batch)
+            pgnos.extend([pgno for pgno, _ in batch])
+            sums.extend(page_checksums(batch))
         encoder.close()
         body = spool.finish()
     except BaseException:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastcrc.crc64 import go_iso
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CHECKSUM_FLAG", "crc64", "frame_checksums", "page_checksum", "wal_checksum"]
+__all__ = ["CHECKSUM_FLAG", "crc64", "frame_checksums", "page_checksum", "page_checksums", "wal_checksum"]
 
 CHECKSUM_FLAG = 1 << 63
 Bytes = bytes | bytearray | memoryview
@@ -39,6 +40,11 @@ def crc64(data: Bytes, crc: int = 0) -> int:
 def page_checksum(pgno: int, page: Bytes) -> int:
     """Return the checksum of one page at its place, with the flag bit."""
     return CHECKSUM_FLAG | go_iso(page, go_iso(_PGNO(pgno)))
+
+
+def page_checksums(pages: Iterable[tuple[int, Bytes]]) -> list[int]:
+    """Return the checksum of each page, given as (pgno, page)."""
+    return [CHECKSUM_FLAG | go_iso(page, go_iso(_PGNO(pgno))) for pgno, page in pages]
 
 
 def wal_checksum(data: Bytes, s0: int, s1: int, *, big_endian: bool) -> tuple[int, int]:

@@ -311,10 +311,10 @@ class EncodedFile:
 
 
 class Encoder:
-    """Write one file, page by page in ascending order."""
+    """Write one file, with its pages in ascending order."""
 
     def __init__(self, write: Callable[[bytes], object], header: Header) -> None:
-        """Validate and write the header. `write` gets pieces of about 256 KiB."""
+        """Validate and write the header. `write` gets pieces of 256 KiB or a batch."""
         header.validate()
         if not header.flags & NO_CHECKSUM:
             raise FormatError("only files without tracked checksums are written")
@@ -329,24 +329,31 @@ class Encoder:
         self._waiting = len(start)
         self._pgnos, self._sizes = array("I"), array("I")
 
-    def page(self, pgno: int, data: Bytes) -> None:
-        """Compress and write one page. Raises `FormatError` when it breaks a rule of section 1.6."""
-        self.block(pgno, lz4.block.compress(data, store_size=False), data)
+    def pages(self, batch: Iterable[tuple[int, Bytes]]) -> None:
+        """Compress and write pages, given as (pgno, page). Raises `FormatError` when one breaks a rule of section 1.6."""
+        compress = lz4.block.compress
+        self.blocks([(pgno, page, compress(page, store_size=False)) for pgno, page in batch])
 
-    def block(self, pgno: int, block: Bytes, page: Bytes) -> None:
-        """Write one page that is compressed already: `block` is the raw LZ4 block of `page`."""
-        # The page that follows its predecessor passes with four comparisons; all else is looked at closely.
-        if pgno != self._last + 1 or pgno == self._lock or pgno > self._commit or len(page) != self._page_size:
-            self._check(pgno, len(page))
-        self._last = pgno
-        size = len(block)
-        start = _PAGE.pack(pgno, BLOCK, size)
-        self._crc = go_iso(page, go_iso(start, self._crc))
-        size += 10
-        self._parts += (start, block)
-        self._pgnos.append(pgno)
-        self._sizes.append(size)
-        self._waiting += size
+    def blocks(self, batch: Iterable[tuple[int, Bytes, Bytes]]) -> None:
+        """Write pages that are compressed already, as (pgno, page, block): `block` is the raw LZ4 block of `page`."""
+        crc, last, lock, commit, page_size, written = self._crc, self._last, self._lock, self._commit, self._page_size, 0
+        pack, add, add_pgno, add_size = _PAGE.pack, self._parts.append, self._pgnos.append, self._sizes.append
+        for pgno, page, block in batch:
+            # The page that follows its predecessor passes with four comparisons; all else is looked at closely.
+            if pgno != last + 1 or pgno == lock or pgno > commit or len(page) != page_size:
+                self._check(pgno, last, len(page))
+            last = pgno
+            size = len(block)
+            start = pack(pgno, BLOCK, size)
+            crc = go_iso(page, go_iso(start, crc))
+            add(start)
+            add(block)
+            size += 10
+            add_pgno(pgno)
+            add_size(size)
+            written += size
+        self._crc, self._last = crc, last
+        self._waiting += written
         if self._waiting >= WRITE_BYTES:
             self._flush()
 
@@ -374,18 +381,18 @@ class Encoder:
         self._written += self._waiting
         self._parts, self._waiting = [], 0
 
-    def _check(self, pgno: int, size: int) -> None:
+    def _check(self, pgno: int, last: int, size: int) -> None:
         if pgno <= 0:
             raise FormatError("page number required")
         if pgno == self._lock:
             raise FormatError(f"cannot encode lock page: pgno={pgno}")
         if pgno > self._header.commit:
             raise FormatError(f"page number {pgno} out-of-bounds for commit size {self._header.commit}")
-        if pgno <= self._last:
-            raise FormatError(f"out-of-order page numbers: {self._last},{pgno}")
+        if pgno <= last:
+            raise FormatError(f"out-of-order page numbers: {last},{pgno}")
         if size != self._page_size:
             raise FormatError(f"invalid page buffer size: {size}, expecting {self._page_size}")
-        if self._header.is_snapshot and not (pgno == self._last + 2 and self._last + 1 == self._lock):
+        if self._header.is_snapshot and not (pgno == last + 2 and last + 1 == self._lock):
             raise FormatError("nonsequential page numbers in snapshot transaction")
 
 
@@ -393,8 +400,7 @@ def encode_file(header: Header, pages: Iterable[tuple[int, Bytes]]) -> bytes:
     """Return a whole file."""
     parts: list[bytes] = []
     encoder = Encoder(parts.append, header)
-    for pgno, data in pages:
-        encoder.page(pgno, data)
+    encoder.pages(pages)
     encoder.close()
     return b"".join(parts)
 
@@ -419,7 +425,7 @@ class Decoder:
         self._ended = False
         self._tracked = False  # a snapshot with checksums: its post-apply checksum can be computed from its pages
         self._database_checksum = CHECKSUM_FLAG
-        self._pgnos, self._offsets, self._sizes = array("I"), array("Q"), array("I")
+        self._pgnos, self._offsets, self._sizes = array("I"), array("q"), array("I")
 
     def feed(self, data: Bytes) -> list[DecodedPage]:
         """Return (pgno, page, block) of the pages that became complete; `block` is empty unless blocks are kept.
@@ -478,7 +484,7 @@ class Decoder:
         same = (
             len(found.pgnos) == len(self._pgnos)
             and (found.pgnos == np.frombuffer(self._pgnos, dtype=np.uint32)).all()
-            and (found.offsets == np.frombuffer(self._offsets, dtype=np.uint64).astype(np.int64)).all()
+            and (found.offsets == np.frombuffer(self._offsets, dtype=np.int64)).all()
             and (found.sizes == np.frombuffer(self._sizes, dtype=np.uint32)).all()
         )
         if not same:

@@ -96,8 +96,7 @@ def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> Non
     decoder = Decoder(keep_blocks=True)
     parts: list[bytes] = []
     encoder = Encoder(lambda data: parts.append(bytes(data)), header)
-    for pgno, page, block in decoder.feed(raw):
-        encoder.block(pgno, block, page)
+    encoder.blocks(decoder.feed(raw))
     done = encoder.close()
     assert b"".join(parts) == raw
     assert (done.size, done.file_checksum) == (len(raw), decoder.close().file_checksum)

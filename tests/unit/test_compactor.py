@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicator.compactor import FAN_IN, compact
+from replicator.compactor import FAN_IN, GATHER_BYTES, compact
 from replicator.errors import CorruptReplica, ObjectNotFound
 from replicator.format.ltx import TXID, FileInfo, Header, decode_file, encode_file
 from replicator.format.sqlite import lock_pgno
@@ -19,6 +19,7 @@ from replicator.outbox import OutFile, Staging
 from replicator.storage.memory import MemoryClient
 
 SIZE = 512
+both_ways = pytest.mark.parametrize("gather_bytes", [0, GATHER_BYTES], ids=["side by side", "gathered"])
 
 
 def page(pgno: int, version: int, size: int = SIZE) -> bytes:
@@ -64,8 +65,11 @@ def test_the_result_is_the_peers_field_by_field(scratch: Staging) -> None:
 @given(
     steps=st.lists(st.tuples(st.integers(1, 9), st.sets(st.integers(1, 9))), min_size=1, max_size=3 * FAN_IN),
     first=st.sampled_from([1, 7]),
+    gather_bytes=st.sampled_from([0, 700, GATHER_BYTES]),
 )
-def test_merging_is_applying_in_order(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]], first: int) -> None:
+def test_merging_is_applying_in_order(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]], first: int, gather_bytes: int
+) -> None:
     client, model, files, commit = MemoryClient(), {}, [], 0
     for txid, (size, changed) in enumerate(steps, start=first):
         grown = set(range(commit + 1, size + 1)) if txid == 1 or txid > first else set()
@@ -74,7 +78,7 @@ def test_merging_is_applying_in_order(tmp_path_factory: pytest.TempPathFactory, 
         model = {n: image for n, image in model.items() if n <= size} | {n: page(n, txid) for n in pgnos}
         commit = size
     folder = tmp_path_factory.mktemp("merge")
-    done = compact(files, 2, reading(client), Staging(folder, limit_bytes=1 << 30))
+    done = compact(files, 2, reading(client), Staging(folder, limit_bytes=1 << 30), gather_bytes=gather_bytes)
     header, pages, _ = decode_file(body(done.out))
     assert (header.commit, header.min_txid, header.max_txid) == (commit, first, first + len(steps) - 1)
     assert dict(pages) == model
@@ -82,11 +86,11 @@ def test_merging_is_applying_in_order(tmp_path_factory: pytest.TempPathFactory, 
     assert [path for path in folder.iterdir() if path != done.out.body] == []
 
 
-@pytest.mark.parametrize("count", [3, 2 * FAN_IN + 3])
-def test_each_damaged_input_is_named_and_nothing_is_left(scratch: Staging, count: int) -> None:
+@pytest.mark.parametrize(("count", "gather_bytes"), [(3, 0), (3, GATHER_BYTES), (2 * FAN_IN + 3, 0)])
+def test_each_damaged_input_is_named_and_nothing_is_left(scratch: Staging, count: int, gather_bytes: int) -> None:
     client = MemoryClient()
     files = [put(client, n, n, 4, [1, 2, 3, 4] if n == 1 else [2]) for n in range(1, count + 1)]
-    expected = decode_file(body(compact(files, 1, reading(client), scratch).out))[1]
+    expected = decode_file(body(compact(files, 1, reading(client), scratch, gather_bytes=gather_bytes).out))[1]
     for victim in (files[0], files[-1]):
         with client.open(victim) as stream:
             good = stream.read()
@@ -94,7 +98,7 @@ def test_each_damaged_input_is_named_and_nothing_is_left(scratch: Staging, count
             damaged = good[:at] + bytes([good[at] ^ 0x20]) + good[at + 1 :]
             client.put(0, victim.min_txid, victim.max_txid, damaged, timestamp_ms=1)
             try:
-                done = compact(files, 1, reading(client), scratch)
+                done = compact(files, 1, reading(client), scratch, gather_bytes=gather_bytes)
             except CorruptReplica as error:
                 assert victim.name in error.name  # noqa: PT017
             else:
@@ -114,15 +118,16 @@ def test_a_file_that_is_gone_is_an_error_and_leaves_nothing(scratch: Staging) ->
 
 @pytest.mark.fault("F71")
 @pytest.mark.parametrize("change", [1, 5, FAN_IN, FAN_IN + 1, 2 * FAN_IN])
-def test_merging_never_crosses_a_change_of_the_page_size(scratch: Staging, change: int) -> None:
+@both_ways
+def test_merging_never_crosses_a_change_of_the_page_size(scratch: Staging, change: int, gather_bytes: int) -> None:
     client = MemoryClient()
     files = [
         put(client, n, n, 2, [1, 2] if n in (1, change + 1) else [1], page_size=SIZE if n <= change else 1024)
         for n in range(1, 2 * FAN_IN + 5)
     ]
-    done = compact(files, 1, reading(client), scratch)
+    done = compact(files, 1, reading(client), scratch, gather_bytes=gather_bytes)
     assert (done.taken, done.out.max_txid) == (change, change)
-    rest = compact(files[done.taken :], 1, reading(client), scratch)
+    rest = compact(files[done.taken :], 1, reading(client), scratch, gather_bytes=gather_bytes)
     assert (rest.out.min_txid, rest.out.max_txid) == (change + 1, 2 * FAN_IN + 4)
     assert decode_file(body(rest.out))[0].page_size == 1024
     assert [path for path in scratch.folder.iterdir() if path not in (done.out.body, rest.out.body)] == []
@@ -151,7 +156,8 @@ def test_the_lock_page_stays_out(scratch: Staging) -> None:
 
 
 @pytest.mark.fault("F25")
-def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging) -> None:
+@both_ways
+def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging, gather_bytes: int) -> None:
     """Pages of zeros: the files are small, but all their pages together are 64 MB each."""
     client = MemoryClient()
     zeros, files = bytes(65536), []
@@ -159,7 +165,7 @@ def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging) -> Non
         header = Header(65536, 1000, TXID(txid), TXID(txid), 1)
         files.append(client.put(0, TXID(txid), TXID(txid), encode_file(header, [(n, zeros) for n in range(1, 1001)]), timestamp_ms=1))
     tracemalloc.start()
-    done = compact(files, 1, reading(client), scratch)
+    done = compact(files, 1, reading(client), scratch, gather_bytes=gather_bytes)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert done.taken == 8
@@ -180,7 +186,8 @@ def test_damage_is_named_as_the_caller_knows_the_file_whatever_the_store_calls_i
     assert caught.value.name == f"level 0 {files[1].name}"
 
 
-def test_many_runs_do_not_stay_in_memory(scratch: Staging) -> None:
+@both_ways
+def test_many_runs_do_not_stay_in_memory(scratch: Staging, gather_bytes: int) -> None:
     client = MemoryClient()
     noise = [random.Random(n).randbytes(65536) for n in range(3)]
     files = []
@@ -189,7 +196,7 @@ def test_many_runs_do_not_stay_in_memory(scratch: Staging) -> None:
         body = encode_file(header, [(n + 1, noise[(n + txid) % 3]) for n in range(3 if txid == 1 else 1)])
         files.append(client.put(0, TXID(txid), TXID(txid), body, timestamp_ms=1))
     tracemalloc.start()
-    done = compact(files, 1, reading_whole(client), scratch)
+    done = compact(files, 1, reading_whole(client), scratch, gather_bytes=gather_bytes)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert done.taken == len(files)

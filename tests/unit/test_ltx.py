@@ -115,7 +115,7 @@ def test_the_worked_example_is_written_again_byte_for_byte_from_its_block() -> N
     assert decoder.header is not None
     parts: list[bytes] = []
     encoder = Encoder(lambda data: parts.append(bytes(data)), decoder.header)
-    encoder.block(pgno, stored, image)
+    encoder.blocks([(pgno, image, stored)])
     done = encoder.close()
     assert b"".join(parts) == EXAMPLE
     assert (done.size, done.file_checksum, done.page_count) == (177, 0xDA890FAE3316515C, 1)
@@ -270,7 +270,7 @@ def test_a_snapshot_passes_over_the_lock_page(beyond: int) -> None:
     encoder = Encoder(lambda data: parts.append(bytes(data)), Header(65536, commit, TXID(1), TXID(1), 0))
     for pgno in range(1, commit + 1):
         if pgno != lock:
-            encoder.block(pgno, stored, image)
+            encoder.blocks([(pgno, image, stored)])
     encoder.close()
     decoder = Decoder()
     seen = [pgno for part in parts for pgno, _, _ in decoder.feed(part)]
@@ -452,7 +452,7 @@ def test_writes_are_batched() -> None:
     encoder = Encoder(lambda data: writes.append(len(data)), replace(HEADER, page_size=4096, commit=1000))
     image = np.random.default_rng(1).bytes(4096)
     for pgno in range(1, 1001):
-        encoder.page(pgno, image)
+        encoder.pages([(pgno, image)])
     assert sum(writes) + (1 << 18) > encoder.close().size - 10_000
     assert len(writes) < 20
 
