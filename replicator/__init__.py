@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from replicator.api import ReplicaStatus, Replicator, Status, restore
+    from replicator.api import ReplicaStatus, Replicator, Status
     from replicator.errors import ReplicatorError
     from replicator.format.ltx import TXID
     from replicator.lease import Lease, LeaseStatus, LeaseTerms
+    from replicator.recover import restore
     from replicator.restorer import RestoreResult
     from replicator.storage import open_client
 
@@ -52,7 +53,7 @@ _HOMES = {
     "RestoreResult": "replicator.restorer",
     "Status": "replicator.api",
     "open_client": "replicator.storage",
-    "restore": "replicator.api",
+    "restore": "replicator.recover",
 }
 
 

@@ -24,8 +24,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from replicator.api import restore
 from replicator.format.ltx import TXID
+from replicator.recover import restore
 from replicator.storage import open_client, redact
 from replicator.storage.base import ReplicaClient
 

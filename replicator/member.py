@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 from replicator import parked
-from replicator.api import Disturbed, ReplicaStatus, Replicator, Rest, restore
+from replicator.api import Disturbed, ReplicaStatus, Replicator, Rest
 from replicator.errors import (
     AccessDenied,
     ConfigError,
@@ -49,6 +49,7 @@ from replicator.errors import (
 )
 from replicator.format.ltx import TXID
 from replicator.parking import RACY_NS, Parked, changed, is_settled, wal_moved
+from replicator.recover import restore
 from replicator.storage.base import ReplicaClient
 from replicator.storage.measured import Measured
 from replicator.v3restore import newest_first

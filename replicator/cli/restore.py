@@ -66,10 +66,10 @@ def restore(flags: dict[str, str], arguments: list[str]) -> int:
     if flags.get("if-db-not-exists") == "true" and os.path.exists(output):
         log.info("database already exists, skipping path=%s", output)
         return 0
-    from replicator.api import parse_timestamp
-    from replicator.api import restore as restore_database
     from replicator.format.ltx import TXID, parse_txid
     from replicator.format.v3 import is_generation, parse_index
+    from replicator.recover import parse_timestamp
+    from replicator.recover import restore as restore_database
 
     txid = parse_txid(flags["txid"]) if "txid" in flags else None
     if "timestamp" in flags:

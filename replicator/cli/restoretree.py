@@ -128,7 +128,7 @@ def _names(item: DirectorySettings) -> list[str]:
 
 
 def _restore(flags: dict[str, str], item: DirectorySettings, name: str, folder: Path) -> dict[str, object]:
-    from replicator.api import restore
+    from replicator.recover import restore
     from replicator.storage import open_replica
 
     output = folder / name

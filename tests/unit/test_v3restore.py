@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import replicator
-from replicator.api import parse_timestamp
 from replicator.chain import Progress
 from replicator.convert import NOTE, convert
 from replicator.errors import (
@@ -25,6 +24,7 @@ from replicator.errors import (
     StorageUnavailable,
 )
 from replicator.format.v3 import SegmentInfo, encode_frame, snapshot_name, snapshots_folder, time_of
+from replicator.recover import parse_timestamp
 from replicator.replay import Replay
 from replicator.restores import planned_generations
 from replicator.storage.base import ReadStream
