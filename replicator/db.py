@@ -384,8 +384,8 @@ class Database:
         A WAL that was restarted meanwhile had been copied completely, so that the file has what the overlay had.
         """
         size = self.page_size
-        data = bytearray(os.pread(self._file, count * size, (first - 1) * size))
-        data.extend(bytes(count * size - len(data)))
+        data = bytearray(count * size)
+        os.preadv(self._file, [data], (first - 1) * size)  # what is not there yet stays zero
         inside = [pgno for pgno in range(first, first + count) if pgno in overlay] if overlay else []
         if inside:
             images: list[tuple[int, bytes]] = []

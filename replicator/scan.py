@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from replicator.format.checksum import page_checksum
+from replicator.format.checksum import page_checksums
 from replicator.format.sqlite import lock_pgno
 
 if TYPE_CHECKING:
@@ -19,21 +19,26 @@ Pages = Iterator[tuple[int, bytes | memoryview]]
 
 def all_pages(database: Database, image: Image) -> Pages:
     """Yield (pgno, page) of a state, in ascending order."""
-    size, skip = image.page_size, lock_pgno(image.page_size)
     for first, data in database.chunks(image):
-        view = memoryview(data)
-        for index in range(len(data) // size):
-            if first + index != skip:
-                yield first + index, view[index * size : (index + 1) * size]
+        yield from _cut(first, data, image.page_size)
 
 
 def differing_pages(database: Database, table: PageTable, image: Image) -> Pages:
     """Yield those pages of a state whose checksum is not the table's."""
-    size, skip = image.page_size, lock_pgno(image.page_size)
+    import numpy as np
+
     for first, data in database.chunks(image):
-        view = memoryview(data)
-        known = table.get(first, len(data) // size).tolist()
-        for index, checksum in enumerate(known):
-            page = view[index * size : (index + 1) * size]
-            if first + index != skip and checksum != page_checksum(first + index, page):
-                yield first + index, page
+        pages = _cut(first, data, image.page_size)
+        known = table.get(first, len(data) // image.page_size)
+        if not known.any():  # the table knows none of them: no page has the checksum 0
+            yield from pages
+        elif pages:
+            pgnos = np.array([pgno for pgno, _ in pages])
+            found = np.array(page_checksums(pages), dtype=np.uint64)
+            for index in (found != known[pgnos - first]).nonzero()[0].tolist():
+                yield pages[index]
+
+
+def _cut(first: int, data: bytearray, size: int) -> list[tuple[int, memoryview]]:
+    skip, view = lock_pgno(size), memoryview(data)
+    return [(first + index, view[index * size : (index + 1) * size]) for index in range(len(data) // size) if first + index != skip]
