@@ -27,7 +27,7 @@ from pathlib import Path
 from replicator.atomic import write_file
 from replicator.chain import read_chain
 from replicator.errors import AccessDenied, Diverged, FormatError, LineageMismatch, StorageUnavailable
-from replicator.format.checksum import page_checksum
+from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Decoder, FileInfo, Header, decode_header
 from replicator.format.sqlite import lock_pgno
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging
@@ -341,9 +341,8 @@ def _rebuild(head: Replica, lineage: bytes, path: Path, page_size: int) -> PageT
     sums: dict[int, list[int]] = {}
     guard = threading.Lock()
 
-    def note(first: int, run: bytes | bytearray | memoryview) -> None:
-        view = memoryview(run)
-        found = [page_checksum(first + i, view[i * page_size : (i + 1) * page_size]) for i in range(len(view) // page_size)]
+    def note(first: int, run: Sequence[bytes]) -> None:
+        found = page_checksums(enumerate(run, start=first))
         with guard:
             sums[first] = found
 
@@ -380,9 +379,9 @@ def _read_pages(replica: Replica, info: FileInfo) -> tuple[Header, EncodedPages]
     sums: list[int] = []
     with replica.client.open(info) as stream:
         while data := stream.read(READ_BYTES):
-            for pgno, page, _ in decoder.feed(data):
-                pgnos.append(pgno)
-                sums.append(page_checksum(pgno, page))
+            pages = [(pgno, page) for pgno, page, _ in decoder.feed(data)]
+            pgnos += [pgno for pgno, _ in pages]
+            sums += page_checksums(pages)
     decoder.close()
     assert decoder.header is not None
     return decoder.header, EncodedPages(np.array(pgnos, dtype=np.uint32), np.array(sums, dtype=np.uint64))

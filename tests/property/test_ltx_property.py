@@ -102,6 +102,17 @@ def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> Non
     assert (done.size, done.file_checksum) == (len(raw), decoder.close().file_checksum)
 
 
+@given(ltx_files(), st.integers(1, 9))
+def test_pages_may_come_in_batches_of_any_size(file: tuple[Header, Pages], size: int) -> None:
+    header, pages = file
+    parts: list[bytes] = []
+    encoder = Encoder(lambda data: parts.append(bytes(data)), header)
+    for at in range(0, len(pages), size):
+        encoder.pages(pages[at : at + size])
+    encoder.close()
+    assert b"".join(parts) == encode_file(header, pages)
+
+
 @given(ltx_files(), st.integers(1, 2**63 - 1))
 def test_two_headers_never_share_a_checksum_by_the_writer_alone(file: tuple[Header, Pages], node: int) -> None:
     header, pages = file

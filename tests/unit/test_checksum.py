@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from replicator.format.checksum import CHECKSUM_FLAG, crc64, frame_checksums, page_checksum, wal_checksum
+from replicator.format.checksum import CHECKSUM_FLAG, crc64, frame_checksums, page_checksum, page_checksums, wal_checksum
 
 
 def naive_crc64(data: bytes) -> int:
@@ -35,6 +35,11 @@ def naive_sums(frames: bytes, count: int, page_size: int, s0: int, s1: int, orde
 
 def test_the_published_check_value() -> None:
     assert crc64(b"123456789") == 0xB90956C775A41001
+
+
+def test_checksums_of_many_pages_are_those_of_each() -> None:
+    pages = [(7, b"a" * 512), (8, memoryview(b"b" * 512)), (1 << 31, bytearray(512))]
+    assert page_checksums(pages) == [page_checksum(pgno, page) for pgno, page in pages]
 
 
 def test_a_crc_continues_over_any_kind_of_buffer() -> None:

@@ -56,6 +56,15 @@ def restored(client: MemoryClient, folder: Path, **options: object) -> bytes:
     return output.read_bytes()
 
 
+def test_a_write_that_takes_only_a_part_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MemoryClient()
+    chain_of_three(client)
+    whole = restored(client, tmp_path)
+    monkeypatch.setattr(os, "pwritev", lambda file, pages, at: os.pwrite(file, b"".join(pages)[: SIZE - 1], at))
+    assert restored(client, tmp_path) == whole
+    assert len(whole) == 5 * SIZE
+
+
 def test_each_page_comes_from_the_newest_file_and_the_end_is_cut(tmp_path: Path) -> None:
     client = MemoryClient()
     chain_of_three(client)
