@@ -1,8 +1,8 @@
 """Merge stored files into one, with memory that does not grow with them.
 
 Small files that follow each other are gathered: read one after the other, and of each page the newest block is kept, compressed. Most merges
-are a thousand small files, and end there. Large ones, and what was gathered, are then read side by side in small pieces; more than `FAN_IN`
-of them in groups first, through the scratch folder. An input is used only after its last byte was read and its checksum is right; until then
+are a thousand small files, and end there. Large ones are read side by side in small pieces, with what was gathered among them; more than
+`FAN_IN` of them in groups first, through the scratch folder. An input is used only after its last byte was read and its checksum is right; until then
 the result has no name.
 """
 
@@ -12,7 +12,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
 import lz4.block
 
@@ -60,16 +60,24 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
     """
     sources = [_Source.stored(info, read) for info in inputs]
     made: list[OutFile] = []
+    kept_bytes = 0
 
-    def merge(group: list[_Source], *, is_last: bool) -> _Merged:
+    def merge(group: Sequence[_Source], *, is_last: bool) -> _Merged:
+        nonlocal kept_bytes
+        if gather_bytes and all(source.is_small for source in group):
+            gathered = _gather(group, gather_bytes)
+            header, pages, used, ends = gathered.header, gathered.pages(), gathered.used, gathered.ends
+            if not (is_last and used == len(group)) and kept_bytes + gathered.size <= gather_bytes:
+                kept_bytes += gathered.size
+                return _Merged(_Source.gathered(gathered, group[:used]), used, ends)
+        else:
+            header, pages, used = _side_by_side(group)
+            ends = used < len(group)
         in_memory = sum(len(run.body) for run in made if isinstance(run.body, bytes))
         limit = RESULT_BYTES if is_last else (RUN_BYTES if in_memory < RUNS_BYTES else 0)
-        if gather_bytes and all(source.is_small for source in group):
-            done = _gather(group, level, scratch, limit, gather_bytes)
-        else:
-            done = _merge(group, level, scratch, limit)
-        made.append(done.out)
-        return done
+        run = _encode(level, header, pages, scratch, limit)
+        made.append(run)
+        return _Merged(_Source.made(run, group[:used]), used, ends)
 
     try:
         while True:
@@ -79,17 +87,17 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
                 if len(group) == 1 and len(groups) > 1:
                     following += group  # large: its turn comes when what is beside it is merged
                     continue
-                done = merge(group, is_last=len(groups) == 1)
-                following.append(_Source.made(done.out, group[: done.used]))
-                while done.used < len(group) and not done.ends:
-                    group = group[done.used :]
-                    done = merge(group, is_last=False)
-                    following.append(_Source.made(done.out, group[: done.used]))
-                if done.ends:
+                ends = False
+                while group and not ends:
+                    done = merge(group, is_last=len(groups) == 1 and not following)
+                    following.append(done.source)
+                    group, ends = group[done.used :], done.ends
+                if ends:
                     break
-            if len(following) == 1:
-                made.remove(done.out)
-                return Compacted(done.out, following[0].inputs)
+            result = following[0].run
+            if len(following) == 1 and result is not None:
+                made.remove(result)
+                return Compacted(result, following[0].inputs)
             sources = following
     finally:
         for run in made:
@@ -112,46 +120,67 @@ def _groups(sources: Sequence[_Source], *, gather: bool) -> Iterator[list[_Sourc
 
 @dataclass(frozen=True, slots=True)
 class _Merged:
-    """A result, how many of the sources it holds, and whether nothing may follow it: there the page size changes."""
+    """What became of a group, how many of its sources are in it, and whether nothing may follow it: there the page size changes."""
 
-    out: OutFile
+    source: _Source
     used: int
     ends: bool
 
 
+class _Input(Protocol):
+    """A source that is being read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def header(self) -> Header: ...
+
+    def batches(self) -> Iterator[Iterable[DecodedPage]]:
+        """Yield all pages; returns when everything is found right."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One thing to merge: a stored file, or what was made of several (`inputs`). `is_small`: one that may be gathered."""
+    """One thing to merge: a stored file, or what was made of several (`inputs`): a file again (`run`), or pages in memory.
+
+    `is_small`: a file that may be gathered.
+    """
 
     name: str
-    min_txid: int
-    max_txid: int
-    pieces: Callable[[], Iterator[bytes]]
+    open: Callable[[], _Input]
     is_small: bool = False
     inputs: int = 1
+    run: OutFile | None = None
 
     @classmethod
     def stored(cls, info: FileInfo, read: Read) -> _Source:
-        return cls(f"level {info.level} {info.name}", info.min_txid, info.max_txid, _reading(read, info), info.size <= SMALL_FILE_BYTES)
+        name = f"level {info.level} {info.name}"
+        return cls(name, lambda: _Reader(name, info.min_txid, info.max_txid, _sliced(read(info))), info.size <= SMALL_FILE_BYTES)
 
     @classmethod
     def made(cls, run: OutFile, of: Sequence[_Source]) -> _Source:
-        pieces = partial(run.pieces, SLICE_BYTES)
-        return cls("a merged file", run.min_txid, run.max_txid, pieces, inputs=sum(source.inputs for source in of))
+        name = "a merged file"
+        inputs = sum(source.inputs for source in of)
+        return cls(name, lambda: _Reader(name, run.min_txid, run.max_txid, run.pieces(SLICE_BYTES)), inputs=inputs, run=run)
+
+    @classmethod
+    def gathered(cls, gathered: _Gathered, of: Sequence[_Source]) -> _Source:
+        return cls(gathered.name, lambda: gathered, inputs=sum(source.inputs for source in of))
 
 
 class _Reader:
     """One input while it is read; `header` is there from the beginning."""
 
-    def __init__(self, source: _Source) -> None:
-        self.name = source.name
-        self._pieces = source.pieces()
+    def __init__(self, name: str, min_txid: int, max_txid: int, pieces: Iterator[bytes]) -> None:
+        self.name = name
+        self._pieces = pieces
         self._decoder = Decoder(keep_blocks=True)
         self._first: list[DecodedPage] = []
         while self._decoder.header is None:
             self._first = self._feed(self._next())
         self.header: Header = self._decoder.header
-        if (self.header.min_txid, self.header.max_txid) != (source.min_txid, source.max_txid):
+        if (self.header.min_txid, self.header.max_txid) != (min_txid, max_txid):
             raise CorruptReplica(self.name, "the header's TXIDs are not those of the name")
 
     def _feed(self, piece: bytes) -> list[DecodedPage]:
@@ -178,13 +207,32 @@ class _Reader:
         self._feed(b"")
 
 
-def _gather(sources: Sequence[_Source], level: int, scratch: Staging, limit_bytes: int, gather_bytes: int) -> _Merged:
-    """Merge small files, as many as fit into `gather_bytes` and at least one."""
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """The newest block of each page of `used` small files. `size` is what that takes in memory, about; `ends` as in `_Merged`."""
+
+    name: str
+    header: Header
+    blocks: dict[int, bytes]
+    size: int
+    used: int
+    ends: bool
+
+    def pages(self) -> Iterator[DecodedPage]:
+        decompress, page_size, commit, blocks = lz4.block.decompress, self.header.page_size, self.header.commit, self.blocks
+        return ((pgno, decompress(blocks[pgno], uncompressed_size=page_size), blocks[pgno]) for pgno in sorted(blocks) if pgno <= commit)
+
+    def batches(self) -> Iterator[Iterable[DecodedPage]]:
+        yield self.pages()
+
+
+def _gather(sources: Sequence[_Source], gather_bytes: int) -> _Gathered:
+    """Read small files, as many as fit into `gather_bytes` and at least one."""
     headers: list[Header] = []
     newest: dict[int, bytes] = {}
     size, ends = 0, False
     for source in sources:
-        reader = _Reader(source)
+        reader = source.open()
         if headers and reader.header.page_size != headers[0].page_size:
             ends = True
             break
@@ -195,32 +243,27 @@ def _gather(sources: Sequence[_Source], level: int, scratch: Staging, limit_byte
                 newest[pgno] = block
         if size + len(newest) * ENTRY_BYTES > gather_bytes:
             break
-    header = _merged_header(headers, sources)
-    decompress, page_size = lz4.block.decompress, header.page_size
-    pages = (
-        (pgno, decompress(newest[pgno], uncompressed_size=page_size), newest[pgno]) for pgno in sorted(newest) if pgno <= header.commit
-    )
-    return _Merged(_encode(level, header, pages, scratch, limit_bytes), len(headers), ends)
+    name = f"{sources[0].name} to {sources[len(headers) - 1].name}"
+    return _Gathered(name, _merged_header(headers, name), newest, size + len(newest) * ENTRY_BYTES, len(headers), ends)
 
 
-def _merge(sources: Sequence[_Source], level: int, scratch: Staging, limit_bytes: int) -> _Merged:
-    """Merge up to `FAN_IN` inputs of any size."""
-    readers: list[_Reader] = []
+def _side_by_side(sources: Sequence[_Source]) -> tuple[Header, Iterator[DecodedPage], int]:
+    """Merge up to `FAN_IN` inputs of any size; returns header and pages of the result, and how many it holds."""
+    inputs: list[_Input] = []
     for source in sources:
-        reader = _Reader(source)
-        if readers and reader.header.page_size != readers[0].header.page_size:
+        following = source.open()
+        if inputs and following.header.page_size != inputs[0].header.page_size:
             break
-        readers.append(reader)
-    header = _merged_header([reader.header for reader in readers], sources)
-    pages = merge_pages([itertools.chain.from_iterable(reader.batches()) for reader in readers], header.commit)
-    return _Merged(_encode(level, header, pages, scratch, limit_bytes), len(readers), len(readers) < len(sources))
+        inputs.append(following)
+    header = _merged_header([one.header for one in inputs], f"{inputs[0].name} to {inputs[-1].name}")
+    return header, merge_pages([itertools.chain.from_iterable(one.batches()) for one in inputs], header.commit), len(inputs)
 
 
-def _merged_header(headers: Sequence[Header], sources: Sequence[_Source]) -> Header:
+def _merged_header(headers: Sequence[Header], name: str) -> Header:
     try:
         return merge_headers(headers)
     except FormatError as error:
-        raise CorruptReplica(f"{sources[0].name} to {sources[len(headers) - 1].name}", str(error)) from error
+        raise CorruptReplica(name, str(error)) from error
 
 
 def _encode(level: int, header: Header, pages: Iterator[DecodedPage], scratch: Staging, limit_bytes: int) -> OutFile:
@@ -238,10 +281,6 @@ def _encode(level: int, header: Header, pages: Iterator[DecodedPage], scratch: S
         spool.discard()
         raise
     return OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, body)
-
-
-def _reading(read: Read, info: FileInfo) -> Callable[[], Iterator[bytes]]:
-    return lambda: _sliced(read(info))
 
 
 def _sliced(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replicator import compactor
 from replicator.compactor import FAN_IN, GATHER_BYTES, compact
 from replicator.errors import CorruptReplica, ObjectNotFound
 from replicator.format.ltx import TXID, FileInfo, Header, decode_file, encode_file
@@ -66,9 +67,10 @@ def test_the_result_is_the_peers_field_by_field(scratch: Staging) -> None:
     steps=st.lists(st.tuples(st.integers(1, 9), st.sets(st.integers(1, 9))), min_size=1, max_size=3 * FAN_IN),
     first=st.sampled_from([1, 7]),
     gather_bytes=st.sampled_from([0, 700, GATHER_BYTES]),
+    small_bytes=st.sampled_from([200, 300, compactor.SMALL_FILE_BYTES]),
 )
 def test_merging_is_applying_in_order(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]], first: int, gather_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]], first: int, gather_bytes: int, small_bytes: int
 ) -> None:
     client, model, files, commit = MemoryClient(), {}, [], 0
     for txid, (size, changed) in enumerate(steps, start=first):
@@ -78,7 +80,9 @@ def test_merging_is_applying_in_order(
         model = {n: image for n, image in model.items() if n <= size} | {n: page(n, txid) for n in pgnos}
         commit = size
     folder = tmp_path_factory.mktemp("merge")
-    done = compact(files, 2, reading(client), Staging(folder, limit_bytes=1 << 30), gather_bytes=gather_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compactor, "SMALL_FILE_BYTES", small_bytes)
+        done = compact(files, 2, reading(client), Staging(folder, limit_bytes=1 << 30), gather_bytes=gather_bytes)
     header, pages, _ = decode_file(body(done.out))
     assert (header.commit, header.min_txid, header.max_txid) == (commit, first, first + len(steps) - 1)
     assert dict(pages) == model
