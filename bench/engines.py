@@ -13,7 +13,7 @@ from typing import Any
 from tests.compat import litestream03
 from tests.servers import tool
 
-__all__ = ["ENVIRONMENT", "OURS", "PEER", "PEER03", "Engine", "compile_ours"]
+__all__ = ["BOTOCORE", "ENVIRONMENT", "OURS", "PEER", "PEER03", "Engine", "compile_ours"]
 
 # With AWS_CA_BUNDLE set the released Litestream cannot start; without compiled modules ours starts as no installed program does.
 _LEFT_OUT = ("AWS_CA_BUNDLE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
@@ -31,15 +31,16 @@ def compile_ours(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """One program. `v3`: it writes format 0.3, has no `-once`, and no control socket."""
+    """One program. `v3`: it writes format 0.3, has no `-once`, and no control socket. `prefix`: goes before the command."""
 
     name: str
     v3: bool = False
+    prefix: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
-        if self.name == "ours":
-            return [sys.executable, "-m", "replicator"]
+        if self.name.startswith("ours"):
+            return [*self.prefix, sys.executable, "-m", "replicator"]
         return [litestream03.program()] if self.v3 else [tool("litestream")]
 
     def configure(self, folder: Path, database: Path, replica: dict[str, Any], *, merge_every: str = "24h") -> Path:
@@ -69,3 +70,4 @@ class Engine:
 
 
 OURS, PEER, PEER03 = Engine("ours"), Engine("0.5.17"), Engine("0.3.13", v3=True)
+BOTOCORE = Engine("ours without obstore", prefix=("env", "PYREPL_S3=botocore"))

@@ -16,8 +16,8 @@ __all__ = ["Results", "blocks", "figure_of", "machine", "put_block", "row_table"
 Results = Mapping[str, Sequence[Mapping[str, float]]]
 """For each engine, the figures of each round."""
 BEGIN, END = "<!-- begin: python -m bench -->", "<!-- end: python -m bench -->"
-BAR, GAP, LEFT, WIDTH = 16, 14, 130, 640
-COLOURS = {"ours": "#2a6fbb", "0.5.17": "#c8742c", "0.3.13": "#9c8a5a"}
+BAR, GAP, LEFT, WIDTH = 16, 14, 150, 660
+COLOURS = {"ours": "#2a6fbb", "ours without obstore": "#7aa7d8", "0.5.17": "#c8742c", "0.3.13": "#9c8a5a"}
 
 
 def machine() -> str:

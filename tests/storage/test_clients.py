@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from replicator.errors import AccessDenied, ConditionUnsupported, ObjectNotFound, PreconditionFailed, ReplicatorError, StorageError
 from replicator.format.ltx import NO_CHECKSUM, TXID, FileInfo, Header
-from replicator.storage import open_client, open_store
+from replicator.storage import open_client, open_store, s3fast
 from replicator.storage.age import AgeClient
 from replicator.storage.base import AGE, LITESTREAM, ReplicaClient
 from replicator.storage.file import FileClient
@@ -25,10 +26,12 @@ from replicator.storage.tree import TreeClient, Write
 from replicator.storage.url import parse_s3_url
 from replicator.testing.conformance import CHECKS, CONDITIONAL, Nonconforming
 from tests.otherservers import OTHER_STORES, fresh_path
+from tests.servers import ACCESS, SECRET
 
 KINDS = [
     *["memory", "file", "seaweed", "moto", "rclone", *OTHER_STORES],
     *["age memory", "age file", "age seaweed", "age rclone", "age sftp", "age oss"],
+    *["fast seaweed", "fast moto", "fast rclone"],
 ]
 STAMP = 1_795_444_774_997
 HEADER = Header(4096, 1, TXID(1), TXID(1), STAMP, flags=NO_CHECKSUM).encode()
@@ -41,7 +44,7 @@ def creates(kind: str) -> bool:
 
 def replaces(kind: str) -> bool:
     """Whether the store refuses a replacement of what is no longer there."""
-    return kind.removeprefix("age ") in ("memory", "file", "seaweed", "moto", "nats", "gs", "abs")
+    return kind.removeprefix("age ").removeprefix("fast ") in ("memory", "file", "seaweed", "moto", "nats", "gs", "abs")
 
 
 def keeps_metadata(kind: str) -> bool:
@@ -57,7 +60,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 def inner(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> MemoryClient | FileClient | S3Client | TreeClient:
     """The client of the store itself."""
     layout = AGE if kind.startswith("age ") else LITESTREAM
-    match kind.removeprefix("age "):
+    fast = kind.startswith("fast ")
+    match kind.removeprefix("age ").removeprefix("fast "):
         case name if name in OTHER_STORES:
             return open_store(request.getfixturevalue("other_store")(name).settings(fresh_path()), layout=layout)
         case "memory":
@@ -66,6 +70,11 @@ def inner(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> MemoryCl
             return FileClient(tmp_path / "replica", layout=layout)
         case name:
             settings = parse_s3_url(request.getfixturevalue(name).url(f"t-{secrets.token_hex(6)}"), environ={})
+            if fast:
+                settings = replace(settings, access_key_id=ACCESS, secret_access_key=SECRET)
+                options = s3fast._options(settings, {})
+                assert options is not None
+                return s3fast.FastS3Client(settings, options, page_size=3, single_put_bytes=6 << 20)
             return S3Client(settings, layout=layout, page_size=3, single_put_bytes=6 << 20)
 
 
