@@ -22,11 +22,19 @@ ENVIRONMENT = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+_IMPORT_ALL = """
+import contextlib, importlib, pkgutil, replicator, rich.progress, watchdog.observers
+for module in pkgutil.walk_packages(replicator.__path__, "replicator."):
+    with contextlib.suppress(ImportError):  # of an extra
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
+
 
 def compile_ours(folder: Path) -> None:
-    """Compile our modules into a folder, as installing does."""
+    """Compile our modules and all that they import into a folder, as installing does."""
     ENVIRONMENT["PYTHONPYCACHEPREFIX"] = os.fspath(folder)
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "replicator"], env=ENVIRONMENT, check=True)
+    subprocess.run([sys.executable, "-c", _IMPORT_ALL], env=ENVIRONMENT, check=True)
 
 
 @dataclass(frozen=True)

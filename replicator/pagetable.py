@@ -52,6 +52,7 @@ NO_TXID = TXID(0)
 ENTRIES_AT = 4096
 ENTRY_SIZE = 8
 MIN_GROWTH, MAX_GROWTH = 1 << 12, 1 << 20
+BATCH = 1 << 16
 _SLOT = struct.Struct("<8sQ16sQIIQqQQIIqIII")
 
 
@@ -194,8 +195,10 @@ class PageTable:
 
         old = self.state
         entries = np.frombuffer(self._map, dtype="<u8", count=old.commit, offset=ENTRIES_AT)
-        known = pgnos[pgnos <= old.commit].astype(np.int64) - 1
-        xor = old.xor ^ int(np.bitwise_xor.reduce(entries[known])) ^ int(np.bitwise_xor.reduce(checksums))
+        xor = old.xor ^ int(np.bitwise_xor.reduce(checksums))
+        for start in range(0, len(pgnos), BATCH):
+            part = pgnos[start : start + BATCH]
+            xor ^= int(np.bitwise_xor.reduce(entries[part[part <= old.commit].astype(np.int64) - 1]))
         if commit < old.commit:
             # `pgnos` has none beyond `commit`, so that no page is taken out twice.
             xor ^= int(np.bitwise_xor.reduce(entries[commit:]))
@@ -236,7 +239,8 @@ class PageTable:
 
         self._reserve(max(commit, old_commit))
         entries = np.frombuffer(self._map, dtype="<u8", offset=ENTRIES_AT).view()
-        entries[pgnos.astype(np.int64) - 1] = checksums
+        for start in range(0, len(pgnos), BATCH):
+            entries[pgnos[start : start + BATCH].astype(np.int64) - 1] = checksums[start : start + BATCH]
         if commit < old_commit:
             entries[commit:old_commit] = 0
         del entries

@@ -365,16 +365,29 @@ class Encoder:
         last = header.commit - (header.commit == self._lock)
         if header.is_snapshot and self._last != last:
             raise FormatError(f"snapshot transaction ends at page {self._last} of {header.commit}")
-        pgnos = np.frombuffer(self._pgnos, dtype=np.uint32).astype(np.int64)
-        sizes = np.frombuffer(self._sizes, dtype=np.uint32).astype(np.int64)
-        offsets = LTX_HEADER_SIZE + np.cumsum(sizes) - sizes
-        index = encode_index(PageIndex(pgnos, offsets, sizes))
-        end = END_MARKER + index + struct.pack(">Q", len(index)) + bytes(8)
-        checksum = CHECKSUM_FLAG | go_iso(end, self._crc)
-        self._parts += (end, checksum.to_bytes(8, "big"))
-        self._waiting += len(end) + 8
+        # In batches, as everything that has a number for each page: a file may have millions of them.
+        pgnos, sizes = np.frombuffer(self._pgnos, dtype=np.uint32), np.frombuffer(self._sizes, dtype=np.uint32)
+        self._end(END_MARKER)
+        offset, index_size = LTX_HEADER_SIZE, 1
+        for start, stop in _batches(len(pgnos), INDEX_BATCH):
+            own = sizes[start:stop].astype(np.int64)
+            ends = offset + np.cumsum(own)
+            piece = encode_index(PageIndex(pgnos[start:stop].astype(np.int64), ends - own, own))[:-1]  # the zero byte comes once
+            offset = int(ends[-1])
+            index_size += len(piece)
+            self._end(piece)
+        self._end(b"\0" + struct.pack(">Q", index_size) + bytes(8))
+        checksum = CHECKSUM_FLAG | self._crc
+        self._end(checksum.to_bytes(8, "big"))
         self._flush()
         return EncodedFile(self._written, checksum, len(pgnos))
+
+    def _end(self, data: bytes) -> None:
+        self._crc = go_iso(data, self._crc)
+        self._parts.append(data)
+        self._waiting += len(data)
+        if self._waiting >= WRITE_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         self._write(b"".join(self._parts))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from replicator.errors import FormatError
 from replicator.format.ltx import Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
 from replicator.testing import ltx_files
+from replicator.format import ltx
+from replicator.format.ltx import TXID, Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
 
 Pages = list[tuple[int, bytes]]
 
@@ -102,15 +104,18 @@ def test_kept_blocks_make_the_same_file_again(file: tuple[Header, Pages]) -> Non
     assert (done.size, done.file_checksum) == (len(raw), decoder.close().file_checksum)
 
 
-@given(ltx_files(), st.integers(1, 9))
-def test_pages_may_come_in_batches_of_any_size(file: tuple[Header, Pages], size: int) -> None:
+@given(ltx_files(), st.integers(1, 9), st.integers(1, 3))
+def test_pages_and_index_may_be_cut_into_batches_of_any_size(file: tuple[Header, Pages], size: int, index_batch: int) -> None:
     header, pages = file
     parts: list[bytes] = []
     encoder = Encoder(lambda data: parts.append(bytes(data)), header)
     for at in range(0, len(pages), size):
         encoder.pages(pages[at : at + size])
-    encoder.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ltx, "INDEX_BATCH", index_batch)
+        done = encoder.close()
     assert b"".join(parts) == encode_file(header, pages)
+    assert (done.size, done.page_count) == (len(b"".join(parts)), len(pages))
 
 
 @given(ltx_files(), st.integers(1, 2**63 - 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from replicator import pagetable
 from replicator.format.ltx import TXID
 from replicator.pagetable import ENTRIES_AT, ENTRY_SIZE, MAX_GROWTH, PageTable
 from replicator.tail import NO_WAL
@@ -115,3 +116,15 @@ def test_damage_is_found_when_the_table_is_opened(tmp_path: Path, damage: str) -
     assert found is None or not found.is_intact
     if found is not None:
         found.close()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 100])
+def test_any_batch_size_leads_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr(pagetable, "BATCH", batch)
+    table = PageTable.create(tmp_path / "pages", lineage=LINEAGE, page_size=512)
+    apply(table, 1, numbers(1, 2, 3, 4, 5), sums(11, 12, 13, 14, 15), 5)
+    apply(table, 2, numbers(2, 5, 6), sums(22, 25, 26), 6)
+    apply(table, 3, numbers(1), sums(31), 4)
+    assert table.get(1, 6).tolist() == [31, 22, 13, 14, 0, 0]
+    assert (table.state.xor, table.is_intact) == (31 ^ 22 ^ 13 ^ 14, True)
+    table.close()
