@@ -36,7 +36,8 @@ TIMEOUT_S = 60
 SWITCH = "PYREPL_S3"
 _PLAIN_PATH = re.compile(r"(?!\.\.?(?:/|$))[A-Za-z0-9_.-]+(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_.-]+)*")
 # Botocore looks at these, and obstore does not or in another way.
-_BOTOCORE_ONLY = ("AWS_PROFILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_BOTOCORE_ONLY = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_AUTHORITIES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -54,6 +55,7 @@ def _options(settings: S3Settings, environ: Mapping[str, str]) -> dict[str, Any]
     if not key and not secret:
         key, secret, token = (environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
     region = settings.region_name or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+    encrypted = not (settings.endpoint or "").startswith("http://")
     odd = (
         settings.skip_verify
         or not settings.sign_payload
@@ -63,6 +65,7 @@ def _options(settings: S3Settings, environ: Mapping[str, str]) -> dict[str, Any]
         or settings.sse_kms_key_id
         or any(environ.get(name) for name in _BOTOCORE_ONLY)
         or any(environ.get(name) or environ.get(name.upper()) for name in _PROXIES)
+        or (encrypted and any(environ.get(name) for name in _AUTHORITIES))
     )
     plain = _PLAIN_PATH.fullmatch(settings.path) and re.fullmatch(r"[a-z0-9-]+", settings.bucket)
     if odd or not plain or not key or not secret or not region:

@@ -82,6 +82,7 @@ def test_a_file_that_has_become_longer_than_it_was_listed_is_read_whole(client: 
 
 def test_it_is_chosen_where_it_can_do_the_same() -> None:
     assert isinstance(open_s3(PLAIN, KEYS), FastS3Client)
+    assert isinstance(open_s3(PLAIN, {**KEYS, "AWS_CA_BUNDLE": "/srv/ca.pem"}), FastS3Client)  # no certificate comes into it
     assert isinstance(open_s3(replace(PLAIN, endpoint=None, region="eu-west-1"), KEYS), FastS3Client)
 
 
@@ -91,7 +92,7 @@ def test_it_is_chosen_where_it_can_do_the_same() -> None:
         ({}, {}),
         ({}, {**KEYS, "PYREPL_S3": "botocore"}),
         ({}, {**KEYS, "AWS_PROFILE": "work"}),
-        ({}, {**KEYS, "AWS_CA_BUNDLE": "/srv/ca.pem"}),
+        ({"endpoint": "https://127.0.0.1:1"}, {**KEYS, "AWS_CA_BUNDLE": "/srv/ca.pem"}),
         ({}, {**KEYS, "https_proxy": "http://proxy:3128"}),
         ({"endpoint": None}, KEYS),
         ({"path": ""}, KEYS),
