@@ -44,8 +44,9 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from replicator.api import Replicator, restore
+from replicator.api import Replicator
 from replicator.errors import NoBackups, ReplicatorError, WaitTimeout
+from replicator.recover import restore
 from replicator.storage.memory import MemoryClient
 from replicator.testing.faults import Fault, FaultyClient
 from replicator.testing.powercut import PowerCut, PowerLost

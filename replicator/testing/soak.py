@@ -30,9 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from replicator.api import Replicator, restore
+from replicator.api import Replicator
 from replicator.errors import ReplicatorError
 from replicator.levels import History
+from replicator.recover import restore
 
 __all__ = ["Figures", "SoakFailure", "main", "soak"]
 

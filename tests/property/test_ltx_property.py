@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.errors import FormatError
+from replicator.format import ltx
 from replicator.format.ltx import Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
 from replicator.testing import ltx_files
-from replicator.format import ltx
-from replicator.format.ltx import TXID, Decoder, Encoder, Header, PageIndex, Trailer, decode_file, decode_index, encode_file, encode_index
 
 Pages = list[tuple[int, bytes]]
 
