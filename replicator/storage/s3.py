@@ -525,7 +525,7 @@ class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
 
 
-_Key = tuple[S3Settings, int, bytes]
+_Key = tuple[S3Settings, int, tuple[str, ...]]
 _apis: dict[_Key, tuple[Any, int]] = {}
 _apis_lock = threading.Lock()
 
