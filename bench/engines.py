@@ -13,7 +13,7 @@ from typing import Any
 from tests.compat import litestream03
 from tests.servers import tool
 
-__all__ = ["BOTOCORE", "ENVIRONMENT", "OURS", "PEER", "PEER03", "Engine", "compile_ours"]
+__all__ = ["BOTO3", "ENVIRONMENT", "OURS", "PEER", "PEER03", "Engine", "compile_ours"]
 
 # With AWS_CA_BUNDLE set the released Litestream cannot start; without compiled modules ours starts as no installed program does.
 _LEFT_OUT = ("AWS_CA_BUNDLE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
@@ -78,4 +78,4 @@ class Engine:
 
 
 OURS, PEER, PEER03 = Engine("ours"), Engine("0.5.17"), Engine("0.3.13", v3=True)
-BOTOCORE = Engine("ours without obstore", prefix=("env", "PYREPL_S3=botocore"))
+BOTO3 = Engine("ours without obstore", prefix=("env", "PYREPL_S3=boto3"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bench.engines import BOTOCORE, ENVIRONMENT, OURS, PEER, PEER03, Engine
+from bench.engines import BOTO3, ENVIRONMENT, OURS, PEER, PEER03, Engine
 from bench.processes import Cost, Meter, run, stop
 from bench.workload import change_rows, make_database, newest_marker, start_writer
 from tests.servers import ACCESS, BUCKET, SECRET, Server, serve
@@ -170,7 +170,7 @@ class _InStore(Row):
 class FirstUploadS3(_InStore, FirstUpload):
     name = "first-upload-s3"
     title = "first upload, SeaweedFS on loopback"
-    engines = (OURS, BOTOCORE, PEER)
+    engines = (OURS, BOTO3, PEER)
     aims = (Aim("wall s", 0.5, "0.5.17"), Aim("CPU s", 0.5, "0.5.17"))
 
     def replica(self, engine: Engine, folder: Path) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class FirstUploadS3(_InStore, FirstUpload):
 class RestoreS3(_InStore, Restore):
     name = "restore-s3"
     title = "restore, a full image and 200 files, SeaweedFS on loopback"
-    engines = (OURS, BOTOCORE, PEER)
+    engines = (OURS, BOTO3, PEER)
     aims = (Aim("wall s", 0.3, "0.5.17"), Aim("CPU s", 0.3, "0.5.17"))
 
     def replica(self, engine: Engine, folder: Path) -> dict[str, Any]:

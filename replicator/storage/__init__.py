@@ -1,6 +1,6 @@
 """Places that store LTX files, behind one protocol (`base.ReplicaClient`).
 
-`open_client` and `open_replica` are the only code that knows every backend. A backend is imported when a URL asks for it: botocore alone costs a fifth of a second.
+`open_client` and `open_replica` are the only code that knows every backend. A backend is imported when a URL asks for it: boto3 alone costs a quarter of a second of CPU.
 """
 
 from __future__ import annotations

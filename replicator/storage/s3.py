@@ -1,5 +1,4 @@
-"""A replica in S3, or in a store that speaks S3, on botocore: boto3 without its resources and its transfer manager, which cost a quarter
-of its start. Where obstore is installed, `s3fast.py` takes the many small requests.
+"""A replica in S3, or in a store that speaks S3, on boto3.
 
 Keys are `<path>/<level as 4 hex digits>/<name>`; control objects are `<path>/<name>`. The header's time is the metadata entry
 `litestream-timestamp`, the cheap time is LastModified.
@@ -8,13 +7,13 @@ Decisions, and what they protect:
 
 * **Checksums only where required, payload signed.** Many stores refuse the checksum trailers that SDKs send by default. The payload hash in
   the signature already makes the store compare what it got.
-* **Conditions and retries.** A conditional write that botocore had to send twice may have lost against itself: the first copy arrived and only
+* **Conditions and retries.** A conditional write that boto3 had to send twice may have lost against itself: the first copy arrived and only
   its reply was lost. So a failed condition after a retry is `StorageUnavailable` (outcome unknown, read back), never `PreconditionFailed`.
 * **Ranges are checked.** Some servers answer a range with status 200, or ignore it. Content-Range and Content-Length decide what arrived.
 * **A short body is an error.** A stream ends only after the announced number of bytes.
 * **Errors are built from facts.** Of a server's reply only code and status are used: its text may hold anything, credentials included.
 
-botocore never follows a redirect to another host, so a request's signature stays with the endpoint that was configured.
+boto3 never follows a redirect to another host, so a request's signature stays with the endpoint that was configured.
 
 Source: specification 2.1 (keys, metadata), 8.1 to 8.3 (requests, behaviour, providers).
 """
@@ -38,8 +37,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import boto3
 import botocore.exceptions
-import botocore.session
 import urllib3.exceptions
 from botocore.config import Config
 
@@ -308,7 +307,7 @@ class S3Client:
 
     @property
     def _s3(self) -> Any:
-        """The botocore client. Made late: looking for credentials may already use the network."""
+        """The boto3 client. Made late: looking for credentials may already use the network."""
         with self._api_lock:
             if self._api is None:
                 self._api = _take_api(self.settings, self._max_attempts)
@@ -525,15 +524,15 @@ class _RangeOutside(StorageError):
     """The asked range begins behind the end of the object."""
 
 
-_Key = tuple[S3Settings, int, tuple[str, ...]]
+_Key = tuple[S3Settings, int, bytes]
 _apis: dict[_Key, tuple[Any, int]] = {}
 _apis_lock = threading.Lock()
 
 
 def _take_api(settings: S3Settings, max_attempts: int) -> tuple[Any, _Key]:
-    """Return the botocore client that all replicas in a bucket share, and its key: making one takes 20 ms, and half a megabyte. Give the key back.
+    """Return the boto3 client that all replicas in a bucket share, and its key: making one takes 20 ms, and half a megabyte. Give the key back.
 
-    What botocore reads of the environment is part of the key: a client goes on with the credentials that it was made with.
+    What boto3 reads of the environment is part of the key: a client goes on with the credentials that it was made with.
     """
     environment = sorted(item for item in os.environb.items() if item[0].startswith(b"AWS_"))
     key = replace(settings, path="."), max_attempts, hashlib.sha256(repr(environment).encode()).digest()  # has secrets in it
@@ -558,7 +557,7 @@ def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
     if settings.endpoint or settings.force_path_style is not None:
         s3["addressing_style"] = "path" if settings.path_style else "virtual"
     config = Config(
-        user_agent=f"pyrepl/{__version__} botocore/{botocore.__version__}",
+        user_agent=f"pyrepl/{__version__} boto3/{boto3.__version__}",
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
         max_pool_connections=_POOL,
@@ -570,8 +569,8 @@ def _make_api(settings: S3Settings, *, max_attempts: int) -> Any:
         s3=s3,
     )
     try:
-        # A session of its own: one is not made for several threads.
-        api = botocore.session.Session().create_client(
+        # A session of its own: boto3's default one is not made for several threads.
+        api = boto3.session.Session().client(
             "s3",
             region_name=settings.region_name,
             endpoint_url=settings.endpoint,
@@ -605,7 +604,7 @@ def _add_tigris_consistency(params: dict[str, Any], **_: object) -> None:
 
 
 def _customer_key(settings: S3Settings) -> dict[str, Any]:
-    """Return what every request for an object needs when it is encrypted with the customer's key; botocore adds the key's MD5."""
+    """Return what every request for an object needs when it is encrypted with the customer's key; boto3 adds the key's MD5."""
     if settings.sse_customer_key is None:
         return {}
     return {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": base64.b64decode(settings.sse_customer_key)}
@@ -630,7 +629,7 @@ def _piece_of(body: Body, offset: int, size: int) -> bytes:
 
 @contextlib.contextmanager
 def _translated(settings: S3Settings, name: str, *, conditional: bool) -> Iterator[None]:
-    """Turn botocore's errors into ours at the border."""
+    """Turn boto3's errors into ours at the border."""
     try:
         yield
     except botocore.exceptions.ClientError as exc:

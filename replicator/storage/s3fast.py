@@ -1,10 +1,10 @@
-"""The many small requests of an S3 replica through obstore, which costs a tenth of botocore's CPU for each. Needs the extra `fast`.
+"""The many small requests of an S3 replica through obstore, which costs a tenth of boto3's CPU for each. Needs the extra `fast`.
 
 Only storing and reading a small LTX file comes here. All else, and every replica with settings that obstore cannot say in the same way, stays
 with `s3.py`; so does whatever obstore could not do: the request is made again there, and its answer counts. Hence one translation of errors.
 
 * obstore never tries again by itself: a conditional write that was sent twice may have lost against itself. One that failed without a clear
-  answer is sent once more by botocore; when that finds the name taken, the outcome is unknown.
+  answer is sent once more by boto3; when that finds the name taken, the outcome is unknown.
 * obstore normalises keys, so that only paths are taken which that leaves alone.
 * Its time limit is for a whole request, not for silence: large bodies would run into it.
 
@@ -35,35 +35,40 @@ SMALL_BYTES = 1 << 20
 TIMEOUT_S = 60
 SWITCH = "PYREPL_S3"
 _PLAIN_PATH = re.compile(r"(?!\.\.?(?:/|$))[A-Za-z0-9_.-]+(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_.-]+)*")
-# Botocore looks at these, and obstore does not or in another way.
-_BOTOCORE_ONLY = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+# Boto3 looks at these, and obstore does not or in another way.
+_BOTO3_ONLY = (
+    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    *("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT", "AWS_S3_DISABLE_EXPRESS_SESSION_AUTH"),
+)
+_HARMLESS = re.compile(r"\s*(?:[#;\[].*|(?:region|output|cli_\w+)\s*=.*)?")  # lines of the AWS configuration file
 _AUTHORITIES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def open_s3(settings: S3Settings, environ: Mapping[str, str], *, layout: Layout = LITESTREAM) -> S3Client:
-    """Return the client for a replica: the fast one where obstore is installed and can do it. `PYREPL_S3=botocore` in the environment forbids that."""
-    if environ.get(SWITCH) == "botocore" or importlib.util.find_spec("obstore") is None:
+    """Return the client for a replica: the fast one where obstore is installed and can do it. `PYREPL_S3=boto3` in the environment forbids that."""
+    if environ.get(SWITCH) == "boto3" or importlib.util.find_spec("obstore") is None:
         return S3Client(settings, layout=layout)
     options = _options(settings, environ)
     return S3Client(settings, layout=layout) if options is None else FastS3Client(settings, options, layout=layout)
 
 
 def _options(settings: S3Settings, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return what obstore needs to know; None where only botocore can do what the settings and the environment say."""
+    """Return what obstore needs to know; None where only boto3 can do what the settings and the environment say."""
     key, secret, token = settings.access_key_id, settings.secret_access_key, None
     if not key and not secret:
         key, secret, token = (environ.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
     region = settings.region_name or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
     encrypted = not (settings.endpoint or "").startswith("http://")
     odd = (
-        settings.skip_verify
+        _has_odd_lines(environ)
+        or settings.skip_verify
         or not settings.sign_payload
         or settings.is_tigris
         or settings.storage_class
         or settings.sse_customer_key
         or settings.sse_kms_key_id
-        or any(environ.get(name) for name in _BOTOCORE_ONLY)
+        or any(environ.get(name) for name in _BOTO3_ONLY)
         or any(environ.get(name) or environ.get(name.upper()) for name in _PROXIES)
         or (encrypted and any(environ.get(name) for name in _AUTHORITIES))
     )
@@ -81,6 +86,17 @@ def _options(settings: S3Settings, environ: Mapping[str, str]) -> dict[str, Any]
         **({"session_token": token} if token else {}),
         **({"endpoint": settings.endpoint} if settings.endpoint else {}),
     }
+
+
+def _has_odd_lines(environ: Mapping[str, str]) -> bool:
+    """Whether the AWS configuration file says more than a region: only boto3 understands that."""
+    try:
+        text = Path(environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser().read_text()
+    except FileNotFoundError:
+        return False
+    except (OSError, RuntimeError, ValueError):
+        return True
+    return any(_HARMLESS.fullmatch(line) is None for line in text.splitlines())
 
 
 _stores: dict[bytes, Any] = {}
@@ -116,7 +132,7 @@ class FastS3Client(S3Client):
             try:
                 return BytesIO(self._read(self._key(info), offset, size))
             except self._failures:
-                pass  # botocore finds out why
+                pass  # boto3 finds out why
         return super().open(info, offset=offset, size=size)
 
     def _read(self, key: str, offset: int, size: int | None) -> bytes:

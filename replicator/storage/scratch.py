@@ -65,7 +65,7 @@ def open_scratch(url: str, name: str) -> Scratch:
         return Scratch(client, folder=client.root)
     if client.kind != "s3":
         return Scratch(client)
-    import botocore
+    import boto3
 
     from replicator.storage.s3 import S3Client
     from replicator.storage.url import MIN_PART_SIZE
@@ -86,5 +86,5 @@ def open_scratch(url: str, name: str) -> Scratch:
         endpoint=plain,
         through=(lambda endpoint: S3Client(replace(settings, endpoint=endpoint, force_path_style=True))) if plain else None,
         prices=_S3_PRICES,
-        tools=(("botocore", botocore.__version__),),
+        tools=(("boto3", boto3.__version__),),
     )

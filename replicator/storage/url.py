@@ -98,7 +98,7 @@ class S3Settings:
     """Where an S3 replica is and how to talk to the store. `None` means: not said, the provider's default holds.
 
     Secrets are left out of the representation. `endpoint` has a scheme (see `endpoint_url`). `sign_accept_encoding` is accepted and without
-    effect: botocore never signs that header.
+    effect: boto3 never signs that header.
 
     Raises:
         ConfigError: by the constructor, for values that cannot work, so that it happens at the start and not at the first upload.
@@ -155,7 +155,7 @@ class S3Settings:
             raise ConfigError("sse-customer-key needs an https endpoint", hint="the key itself travels with every request")
 
     def with_environment(self, environ: Mapping[str, str]) -> Self:
-        """Return the settings with what botocore does not read itself: AWS_REGION, and Litestream's own credential variables where the settings
+        """Return the settings with what boto3 does not read itself: AWS_REGION, and Litestream's own credential variables where the settings
         and AWS's variables have none.
         """
         if not self.region and not self.endpoint and environ.get("AWS_REGION"):

@@ -68,7 +68,7 @@ def certified(server: Server, keys: int) -> Report:
     assert set(report.latency_s) == {"append", "read", "list"}
     assert all(0 < p50_s <= p99_s <= max_s for p50_s, p99_s, max_s in report.latency_s.values())
     assert SECRET not in json.dumps(report.document())
-    assert "botocore" in report.versions
+    assert "boto3" in report.versions
     return report
 
 

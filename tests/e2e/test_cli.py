@@ -52,7 +52,7 @@ def replica(tmp_path: Path) -> tuple[Path, str]:
 def test_version_loads_nothing_heavy() -> None:
     code = (
         "import sys; from replicator.cli import main; main(['version']); "
-        "print(sorted({'botocore','numpy','rich','watchdog','hypothesis','lz4','yaml'} & set(sys.modules)))"
+        "print(sorted({'boto3','numpy','rich','watchdog','hypothesis','lz4','yaml'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "0.1.0\n[]\n"

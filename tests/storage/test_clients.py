@@ -72,7 +72,7 @@ def inner(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> MemoryCl
             settings = parse_s3_url(request.getfixturevalue(name).url(f"t-{secrets.token_hex(6)}"), environ={})
             if fast:
                 settings = replace(settings, access_key_id=ACCESS, secret_access_key=SECRET)
-                options = s3fast._options(settings, {})
+                options = s3fast._options(settings, {"AWS_CONFIG_FILE": os.devnull})
                 assert options is not None
                 return s3fast.FastS3Client(settings, options, page_size=3, single_put_bytes=6 << 20)
             return S3Client(settings, layout=layout, page_size=3, single_put_bytes=6 << 20)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,8 @@ from replicator.storage.s3fast import FastS3Client, open_s3
 from replicator.storage.url import S3Settings, parse_s3_url
 from tests.servers import ACCESS, SECRET, Server
 
-KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+NOTHING = {"AWS_CONFIG_FILE": os.devnull}
+KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **NOTHING}
 PLAIN = S3Settings(bucket="bucket", path="a/b.c", endpoint="http://127.0.0.1:1")
 STAMP = 1_795_444_774_997
 
@@ -26,24 +29,24 @@ STAMP = 1_795_444_774_997
 @pytest.fixture
 def client(seaweed: Server) -> Iterator[FastS3Client]:
     settings = parse_s3_url(seaweed.url(f"f-{secrets.token_hex(6)}"), environ={})
-    made = open_s3(replace(settings, access_key_id=ACCESS, secret_access_key=SECRET), {})
+    made = open_s3(replace(settings, access_key_id=ACCESS, secret_access_key=SECRET), NOTHING)
     assert isinstance(made, FastS3Client)
     yield made
     made.close()
 
 
-def no_botocore(*_: object, **__: object) -> Any:
-    raise AssertionError("botocore was asked")
+def no_boto3(*_: object, **__: object) -> Any:
+    raise AssertionError("boto3 was asked")
 
 
 def put(client: S3Client, body: bytes, *, if_absent: bool = True) -> Any:
     return client.put(0, TXID(1), TXID(1), body, timestamp_ms=STAMP, if_absent=if_absent, metadata={"pyrepl-writer": "7"})
 
 
-def test_small_files_are_stored_and_read_without_botocore(client: FastS3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_stored_and_read_without_boto3(client: FastS3Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(S3Client, "_put_body", no_botocore)
-        patch.setattr(S3Client, "open", no_botocore)
+        patch.setattr(S3Client, "_put_body", no_boto3)
+        patch.setattr(S3Client, "open", no_boto3)
         info = put(client, b"0123456789")
         with pytest.raises(PreconditionFailed):
             put(client, b"others")
@@ -89,8 +92,8 @@ def test_it_is_chosen_where_it_can_do_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "environ"),
     [
-        ({}, {}),
-        ({}, {**KEYS, "PYREPL_S3": "botocore"}),
+        ({}, NOTHING),
+        ({}, {**KEYS, "PYREPL_S3": "boto3"}),
         ({}, {**KEYS, "AWS_PROFILE": "work"}),
         ({"endpoint": "https://127.0.0.1:1"}, {**KEYS, "AWS_CA_BUNDLE": "/srv/ca.pem"}),
         ({}, {**KEYS, "https_proxy": "http://proxy:3128"}),
@@ -111,12 +114,29 @@ def test_it_is_chosen_where_it_can_do_the_same() -> None:
         "class", "kms", "unverified", "unsigned",
     ],
 )  # fmt: skip
-def test_all_that_is_odd_stays_with_botocore(change: dict[str, Any], environ: dict[str, str]) -> None:
+def test_all_that_is_odd_stays_with_boto3(change: dict[str, Any], environ: dict[str, str]) -> None:
     made = open_s3(replace(PLAIN, **change), environ)
     assert isinstance(made, S3Client)
     assert not isinstance(made, FastS3Client)
 
 
-def test_without_obstore_botocore_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("# nothing\n\n[default]\nregion = eu-west-1\noutput=json\n", True),
+        ("[default]\nendpoint_url = https://store\n", False),
+        ("s3 =\n", False),
+    ],
+    ids=["a region", "another store", "details"],
+)
+def test_what_a_configuration_file_says_beyond_a_region_is_left_to_boto3(tmp_path: Path, text: str, chosen: bool) -> None:
+    file = tmp_path / "config"
+    file.write_text(text)
+    assert isinstance(open_s3(PLAIN, {**KEYS, "AWS_CONFIG_FILE": str(file)}), FastS3Client) == chosen
+    assert isinstance(open_s3(PLAIN, {**KEYS, "AWS_CONFIG_FILE": str(tmp_path / "absent")}), FastS3Client)
+    assert not isinstance(open_s3(PLAIN, {**KEYS, "AWS_CONFIG_FILE": str(tmp_path)}), FastS3Client)  # it cannot be read
+
+
+def test_without_obstore_boto3_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3fast.importlib.util, "find_spec", lambda name: None)
     assert type(open_s3(PLAIN, KEYS)) is S3Client
