@@ -10,7 +10,8 @@ import sys
 from dataclasses import replace
 
 from replicator.errors import FormatError
-from replicator.format.ltx import NO_CHECKSUM, Decoder, Header, Trailer, decode_file, decode_index, encode_file, index_range
+from replicator.format.ltx import NO_CHECKSUM, Decoder, Header, Trailer, decode_file, encode_file, index_range
+from replicator.format.pageindex import decode_index
 
 Result = tuple[Header | None, list[tuple[int, bytes]], Trailer] | None
 
@@ -30,7 +31,7 @@ def check(data: bytes) -> None:
     """Raise `AssertionError`, or what the decoder must not raise, when the invariant does not hold."""
     try:
         offset, size = index_range(len(data), data[-24:])
-        decode_index(data[offset : offset + size])
+        list(decode_index([data[offset : offset + size]]))
     except FormatError:
         pass
     whole = _decode(data, max(len(data), 1))

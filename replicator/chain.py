@@ -1,6 +1,7 @@
 """Read a chain of stored files so that each page is handed out once, from the newest file that holds it.
 
-1. Header and page index of each file are fetched by ranged reads (small files as a whole) and say which file owns which page.
+1. Header and page index of each file are fetched by ranged reads (small files as a whole) and say which file owns which page. A full image
+   needs no index for that: it has every page.
 2. Then every file is read to its end, several at once, and everything the decoder can check is checked: files are NoChecksum and
    their blocks carry no checksum, so a flipped literal shows only in the file's checksum. Pages owned by a later file are hashed, not written.
 3. An index is not trusted before that: at the end each page must have been handed out, and only by its owner.
@@ -13,24 +14,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from replicator.errors import CorruptReplica, FormatError, StorageUnavailable
-from replicator.format.ltx import LTX_HEADER_SIZE, SNAPSHOT_LEVEL, Decoder, FileInfo, Header, decode_header, decode_index, index_range
+from replicator.format.ltx import LTX_HEADER_SIZE, SNAPSHOT_LEVEL, Decoder, FileInfo, Header, decode_header, index_range
+from replicator.format.pageindex import decode_index
 from replicator.format.sqlite import lock_pgno
 from replicator.storage.base import ReplicaClient
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["Progress", "list_files", "read_chain", "read_file"]
 
 SMALL_FILE_BYTES = 256 << 10
 KEPT_BYTES = 32 << 20
+PAGE_LEAST_BYTES = 10
 READ_BYTES = 1 << 18  # larger pieces cost more: their memory is fresh each time
 RUN_BYTES, RUN_PAGES = 1 << 20, 1024
 RETRY_DELAYS_S = (0.25, 0.5, 1.0)
@@ -141,10 +141,9 @@ class _Job:
         self.stop = threading.Event()
         self.headers: list[Header] = []
         self.kept: dict[int, bytes] = {}
-        self.indexes: list[NDArray[np.int64]] = []
-        self.owners: NDArray[np.uint32] | None = None
+        self.indexes: dict[int, array[int]] = {}
+        self.owners = array("I")
         self.written = [0] * len(files)
-        self.owned = [0] * len(files)
         self._guard = threading.Lock()
         self._done_files = self._done_bytes = self._kept_bytes = 0
         self._total = sum(info.size for info in files)
@@ -169,30 +168,33 @@ class _Job:
         try:
             header = decode_header(start)
             header.validate()
+            if header.is_snapshot and header.commit > info.size // PAGE_LEAST_BYTES:
+                raise FormatError(f"a full image of {header.commit} pages does not fit into {info.size} bytes")
             if (header.min_txid, header.max_txid) != (info.min_txid, info.max_txid):
                 raise FormatError("the header's TXIDs are not those of the name")
             offset, size = index_range(info.size, tail)
-            raw = data[offset : offset + size] if small else self._range(info, offset, size)
-            pgnos = decode_index(raw).pgnos
+            pgnos = array("I")
+            if not header.is_snapshot:
+                for part in decode_index([data[offset : offset + size]] if small else self._pieces(info, offset, size)):
+                    if part.pgnos[-1] > header.commit:
+                        raise FormatError(f"page index lists page {part.pgnos[-1]} of {header.commit}")
+                    pgnos.extend(array("I", part.pgnos))
         except FormatError as error:
             raise CorruptReplica(self.name(index), str(error)) from error
         with self._guard:
-            while len(self.indexes) <= index:
-                import numpy as np
-
-                self.indexes.append(np.zeros(0, dtype=np.int64))
             self.indexes[index] = pgnos
             keep = small and self._kept_bytes + len(data) <= KEPT_BYTES
             self._kept_bytes += len(data) if keep else 0
         return header, data if keep else b""
 
     def _range(self, info: FileInfo, offset: int, size: int) -> bytes:
+        return b"".join(self._pieces(info, offset, size))
+
+    def _pieces(self, info: FileInfo, offset: int, size: int) -> Iterator[bytes]:
         with self.client.open(info, offset=offset, size=size) as stream:
-            parts = []
-            while size > 0 and (data := stream.read(size)):
-                parts.append(data)
+            while size > 0 and (data := stream.read(min(size, READ_BYTES))):
+                yield data
                 size -= len(data)
-            return b"".join(parts)
 
     def add(self, index: int, header: Header, kept: bytes) -> None:
         if self.headers and header.page_size != self.headers[0].page_size:
@@ -202,32 +204,33 @@ class _Job:
             self.kept[index] = kept
 
     def check_owners(self) -> None:
-        """Decide which file each page comes from."""
-        import numpy as np
-
+        """Decide which file each page comes from: `owners` holds its number, from 1 on; 0 for what is no page to be read."""
         if not self.headers[0].is_snapshot:
             raise CorruptReplica(self.name(0), "the chain does not begin with a full image")
-        commit = self.headers[-1].commit
-        largest = max((int(pgnos[-1]) for pgnos in self.indexes if len(pgnos)), default=0)
-        if commit > largest + 1:
-            raise self._missing(commit)
-        owners = np.zeros(commit + 1, dtype=np.uint32)
-        for number, pgnos in enumerate(self.indexes, start=1):
-            owners[pgnos[pgnos <= commit]] = number
-        owners[0] = 1
-        lock = lock_pgno(self.headers[-1].page_size)
-        if lock <= commit:
+        commit, lock = self.headers[-1].commit, lock_pgno(self.headers[-1].page_size)
+        image = max(index for index, header in enumerate(self.headers) if header.is_snapshot)
+        later = range(image + 1, len(self.files))
+        # The sizes come from files that nobody has checked yet: more pages than there are in them are not made room for.
+        most = self.headers[image].commit + sum(len(self.indexes[index]) for index in later) + 1
+        limit, of_image = min(commit, most), min(commit, self.headers[image].commit)
+        code = "H" if len(self.files) < 1 << 16 else "I"
+        owners = array(code, [0]) + array(code, [image + 1]) * of_image + array(code, [0]) * (limit - of_image)
+        for index in later:
+            for pgno in self.indexes[index]:
+                if pgno <= limit:
+                    owners[pgno] = index + 1
+        if lock <= limit:
             owners[lock] = 1
-        missing = (owners == 0).nonzero()[0]
-        if len(missing):
-            raise self._missing(int(missing[0]))
+        owners[0] = 1
+        if 0 in owners:
+            raise self._missing(owners.index(0))
+        if commit > limit:
+            raise self._missing(limit + 1)
         owners[0] = 0
         if lock <= commit:
             owners[lock] = 0
         self.owners = owners
-        counts = np.bincount(owners, minlength=len(self.files) + 1)
-        self.owned = counts[1:].tolist()
-        self.indexes = []
+        self.indexes = {}
 
     def _missing(self, pgno: int) -> CorruptReplica:
         """Blame the file with which the database grew over a page that no index lists: every such page must be in it."""
@@ -237,7 +240,6 @@ class _Job:
 
     def read(self, index: int) -> None:
         """Read one file to its end and hand out what it owns."""
-        assert self.owners is not None
         decoder = Decoder()
         owners, mine, limit = self.owners, index + 1, len(self.owners) - 1
         run: list[bytes] = []
@@ -249,17 +251,13 @@ class _Job:
             for data in [kept] if kept is not None else read_file(self.client, info):
                 if self.stop.is_set():
                     return
-                pages = decoder.feed(data)
-                if pages:
-                    low = pages[0][0]
-                    wanted = (owners[low : pages[-1][0] + 1] == mine).tolist()
-                    for pgno, page, _ in pages:
-                        if pgno <= limit and wanted[pgno - low]:
-                            if pgno != following or len(run) >= most:
-                                self._hand_out(index, first, run)
-                                run, first = [], pgno
-                            run.append(page)
-                            following = pgno + 1
+                for pgno, page, _ in decoder.feed(data):
+                    if pgno <= limit and owners[pgno] == mine:
+                        if pgno != following or len(run) >= most:
+                            self._hand_out(index, first, run)
+                            run, first = [], pgno
+                        run.append(page)
+                        following = pgno + 1
                 self._tell(0, len(data))
             decoder.close()
             self._hand_out(index, first, run)
@@ -273,9 +271,14 @@ class _Job:
             self.written[index] += len(run)
 
     def check_written(self) -> None:
-        for index, (owned, written) in enumerate(zip(self.owned, self.written, strict=True)):
-            if owned != written:
-                raise CorruptReplica(self.name(index), f"its page index promises {owned} pages that are needed, it has {written}")
+        if sum(self.written) == len(self.owners) - self.owners.count(0):
+            return  # none has handed out more than it owns
+        owned = Counter(self.owners)
+        for index, written in enumerate(self.written):
+            if owned[index + 1] != written:
+                raise CorruptReplica(
+                    self.name(index), f"its page index promises {owned[index + 1]} pages that are needed, it has {written}"
+                )
 
     def _tell(self, files: int, size: int) -> None:
         if self.progress is None:

@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant("pages behind the end are merged", "format/merge.py", "if newest < pgno <= commit:", "if newest < pgno:", COMPACTOR),
     Mutant("the file checksum is not compared", "format/ltx.py", "if got != trailer.file_checksum:", "if got < 0:", LTX),
     Mutant("a block may be of any size", "format/ltx.py", "if size > bound:", "if size < 0:", LTX),
-    Mutant("the page index is not compared", "format/ltx.py", "        if not same:\n", "        if same is None:\n", LTX),
+    Mutant("the page index is not compared", "format/ltx.py", "        if self._found.digest() != self._expected.digest():\n", "        if self._found is None:\n", LTX),
     Mutant(
         "published before it is checked", "publish.py",
         '        if integrity_check != "none":\n            _check(temporary, integrity_check)\n        _publish(temporary, output, force)\n',

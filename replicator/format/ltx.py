@@ -32,21 +32,19 @@ from __future__ import annotations
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NewType
+from hashlib import blake2b
+from typing import NewType
 
 import lz4.block
 from fastcrc.crc64 import go_iso
 
 from replicator.errors import ChecksumMismatch, FormatError, Truncated
 from replicator.format.checksum import CHECKSUM_FLAG, page_checksum
+from replicator.format.pageindex import encode_index, frames
 from replicator.format.sqlite import is_page_size, lock_pgno
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = [
     "LTX_HEADER_SIZE",
@@ -60,14 +58,11 @@ __all__ = [
     "Encoder",
     "FileInfo",
     "Header",
-    "PageIndex",
     "Trailer",
     "decode_file",
     "decode_header",
-    "decode_index",
     "decode_trailer",
     "encode_file",
-    "encode_index",
     "format_name",
     "format_txid",
     "index_range",
@@ -84,7 +79,7 @@ MAGIC = b"LTX1"
 BLOCK = 0x1
 END_MARKER = bytes(6)
 WRITE_BYTES = 1 << 18
-INDEX_BATCH = 1 << 16
+INDEX_BATCH = 1 << 12
 _HEADER = struct.Struct(">4sIIIQQqQqqIIQ20s")
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.ltx", re.ASCII)
 _PAGE = struct.Struct(">IHI")
@@ -225,71 +220,6 @@ def decode_trailer(data: Bytes) -> Trailer:
     return Trailer(*_TRAILER.unpack(data))
 
 
-@dataclass(frozen=True, slots=True)
-class PageIndex:
-    """Where each page's frame lies: page numbers ascending; offsets and sizes in bytes, headers included. Shape (n,), int64."""
-
-    pgnos: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-
-
-def encode_index(index: PageIndex) -> bytes:
-    """Return the entries and the terminating zero byte, without the size."""
-    # In batches: the groups of a value take 80 bytes here, and a file may have millions of pages.
-    parts = [
-        _encode_varints(index.pgnos[start:stop], index.offsets[start:stop], index.sizes[start:stop])
-        for start, stop in _batches(len(index.pgnos), INDEX_BATCH)
-    ]
-    return b"".join([*parts, b"\0"])
-
-
-def _encode_varints(pgnos: NDArray[np.int64], offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
-    import numpy as np
-
-    values = np.stack([pgnos, offsets, sizes], axis=1).reshape(-1)
-    groups = values[:, None] >> np.arange(0, 63, 7)
-    used = groups != 0
-    used[:, 0] = True
-    groups &= 0x7F
-    groups[:, :-1] |= used[:, 1:].astype(np.int64) << 7
-    encoded: bytes = groups.astype(np.uint8)[used].tobytes()
-    return encoded
-
-
-def decode_index(data: Bytes) -> PageIndex:
-    """Decode entries with their terminating zero byte. Raises `FormatError` for anything that is not exactly that."""
-    import numpy as np
-
-    raw = np.frombuffer(data, dtype=np.uint8)
-    if not len(raw) or raw[-1] != 0:
-        raise FormatError("page index does not end with a zero byte")
-    raw = raw[:-1]
-    ends = (raw < 0x80).nonzero()[0]
-    if len(ends) % 3 or (len(raw) and (not len(ends) or ends[-1] != len(raw) - 1)):
-        raise FormatError("page index has an incomplete entry")
-    values = np.zeros(len(ends), dtype=np.int64)
-    for start, stop in _batches(len(ends), 3 * INDEX_BATCH):
-        last = ends[start:stop]
-        first = np.concatenate([[ends[start - 1] + 1 if start else 0], last[:-1] + 1])
-        longest = int((last - first).max()) + 1
-        if longest > 8:
-            raise FormatError("page index has a number that is too large")
-        part = values[start:stop]
-        for place in range(longest):
-            here = first + place
-            part |= np.where(here <= last, raw[np.minimum(here, last)] & 0x7F, 0).astype(np.int64) << (7 * place)
-    table = values.reshape(-1, 3)
-    pgnos = table[:, 0].copy()
-    if len(pgnos) and (pgnos[0] == 0 or (pgnos[1:] <= pgnos[:-1]).any()):
-        raise FormatError("page index is not in ascending order")
-    return PageIndex(pgnos, table[:, 1].copy(), table[:, 2].copy())
-
-
-def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + size, count)) for start in range(0, count, size))
-
-
 def index_range(file_size: int, tail: Bytes) -> tuple[int, int]:
     """Return offset and size of the page index, from the last 24 bytes of the file. Raises `FormatError`."""
     if len(tail) != 24 or file_size < LTX_HEADER_SIZE + len(END_MARKER) + 1 + 24:
@@ -359,28 +289,23 @@ class Encoder:
 
     def close(self) -> EncodedFile:
         """Write the end marker, the index and the trailer. Raises `FormatError` when a snapshot lacks pages."""
-        import numpy as np
-
         header = self._header
         last = header.commit - (header.commit == self._lock)
         if header.is_snapshot and self._last != last:
             raise FormatError(f"snapshot transaction ends at page {self._last} of {header.commit}")
-        # In batches, as everything that has a number for each page: a file may have millions of them.
-        pgnos, sizes = np.frombuffer(self._pgnos, dtype=np.uint32), np.frombuffer(self._sizes, dtype=np.uint32)
         self._end(END_MARKER)
         offset, index_size = LTX_HEADER_SIZE, 1
-        for start, stop in _batches(len(pgnos), INDEX_BATCH):
-            own = sizes[start:stop].astype(np.int64)
-            ends = offset + np.cumsum(own)
-            piece = encode_index(PageIndex(pgnos[start:stop].astype(np.int64), ends - own, own))[:-1]  # the zero byte comes once
-            offset = int(ends[-1])
+        for start in range(0, len(self._pgnos), INDEX_BATCH):
+            index = frames(self._pgnos[start : start + INDEX_BATCH], self._sizes[start : start + INDEX_BATCH], offset)
+            offset = index.offsets[-1] + index.sizes[-1]
+            piece = encode_index(index)
             index_size += len(piece)
             self._end(piece)
         self._end(b"\0" + struct.pack(">Q", index_size) + bytes(8))
         checksum = CHECKSUM_FLAG | self._crc
         self._end(checksum.to_bytes(8, "big"))
         self._flush()
-        return EncodedFile(self._written, checksum, len(pgnos))
+        return EncodedFile(self._written, checksum, len(self._pgnos))
 
     def _end(self, data: bytes) -> None:
         self._crc = go_iso(data, self._crc)
@@ -431,14 +356,17 @@ class Decoder:
         self._keep = keep_blocks
         self._rest = b""
         self._crc = 0
-        self._offset = 0
         self._last = 0
         self._lock = 0
         self._bound = 0
         self._ended = False
         self._tracked = False  # a snapshot with checksums: its post-apply checksum can be computed from its pages
         self._database_checksum = CHECKSUM_FLAG
-        self._pgnos, self._offsets, self._sizes = array("I"), array("q"), array("I")
+        # Of the index that the pages call for, only a digest is kept: a file may have millions of them.
+        self._count = 0
+        self._pgnos, self._sizes = array("I"), array("I")
+        self._index_offset = LTX_HEADER_SIZE
+        self._expected, self._found, self._found_size = blake2b(), blake2b(), 0
 
     def feed(self, data: Bytes) -> list[DecodedPage]:
         """Return (pgno, page, block) of the pages that became complete; `block` is empty unless blocks are kept.
@@ -460,22 +388,41 @@ class Decoder:
             if self._tracked:
                 for pgno, page, _ in pages:
                     self._database_checksum = CHECKSUM_FLAG | (self._database_checksum ^ page_checksum(pgno, page))
-        self._offset += at
         self._rest = buffer[at:]
-        if self._ended and len(self._rest) > 30 * len(self._pgnos) + 1 + 24:
-            raise FormatError("page index is too large")
+        self._count += len(pages)
+        if self._ended:
+            self._index()
+        elif len(self._pgnos) >= INDEX_BATCH:
+            self._note_frames()
         return pages
+
+    def _note_frames(self) -> None:
+        """Write the entries of the latest pages into the digest."""
+        if self._pgnos:
+            index = frames(self._pgnos, self._sizes, self._index_offset)
+            self._index_offset = index.offsets[-1] + index.sizes[-1]
+            self._expected.update(encode_index(index))
+            self._pgnos, self._sizes = array("I"), array("I")
+
+    def _index(self) -> None:
+        """Take what has come of the index, all but the last bytes, which may be size and trailer."""
+        size = len(self._rest) - 8 - TRAILER_SIZE
+        if size > 0:
+            self._found.update(self._rest[:size])
+            self._crc = go_iso(self._rest[:size], self._crc)
+            self._found_size += size
+            self._rest = self._rest[size:]
+        if self._found_size > 30 * self._count + 1:
+            raise FormatError("page index is too large")
 
     def close(self) -> Trailer:
         """Check index and checksums. Raises `Truncated`, `ChecksumMismatch`, `FormatError`."""
-        import numpy as np
-
         if self.header is None:
             raise Truncated(f"invalid ltx file: {len(self._rest)} bytes, minimum {LTX_HEADER_SIZE}")
         if not self._ended:
-            raise Truncated(f"decode page {len(self._pgnos) + 1}: EOF")
+            raise Truncated(f"decode page {self._count + 1}: EOF")
         end = self._rest
-        if len(end) < 1 + 8 + TRAILER_SIZE:
+        if not self._found_size:
             raise Truncated(f"file ends inside the page index or trailer: {len(end)} bytes")
         trailer = decode_trailer(end[-TRAILER_SIZE:])
         got = CHECKSUM_FLAG | go_iso(end[:-8], self._crc)
@@ -489,18 +436,12 @@ class Decoder:
             raise FormatError("post-apply checksum required")
         elif self._tracked and trailer.post_apply_checksum != self._database_checksum:
             raise ChecksumMismatch("post-apply", expected=trailer.post_apply_checksum, got=self._database_checksum)
-        size = int.from_bytes(end[-TRAILER_SIZE - 8 : -TRAILER_SIZE], "big")
-        index = end[: -TRAILER_SIZE - 8]
-        if size != len(index):
-            raise FormatError(f"page index size {size}, but {len(index)} bytes are there")
-        found = decode_index(index)
-        same = (
-            len(found.pgnos) == len(self._pgnos)
-            and (found.pgnos == np.frombuffer(self._pgnos, dtype=np.uint32)).all()
-            and (found.offsets == np.frombuffer(self._offsets, dtype=np.int64)).all()
-            and (found.sizes == np.frombuffer(self._sizes, dtype=np.uint32)).all()
-        )
-        if not same:
+        size = int.from_bytes(end[:8], "big")
+        if size != self._found_size:
+            raise FormatError(f"page index size {size}, but {self._found_size} bytes are there")
+        self._note_frames()
+        self._expected.update(b"\0")
+        if self._found.digest() != self._expected.digest():
             raise FormatError("page index does not agree with the pages")
         last = header.commit - (header.commit == self._lock)
         if header.is_snapshot and self._last != last:
@@ -519,10 +460,10 @@ class Decoder:
     def _pages(self, buffer: bytes, at: int, pages: list[DecodedPage]) -> int:
         header = self.header
         assert header is not None
-        decompress, page_size, bound, crc, base = lz4.block.decompress, header.page_size, self._bound, self._crc, self._offset
+        decompress, page_size, bound, crc = lz4.block.decompress, header.page_size, self._bound, self._crc
         unpack, end, keep, last = _PAGE.unpack_from, len(buffer), self._keep, self._last
         lock, commit = self._lock, header.commit
-        add_pgno, add_offset, add_size, add = self._pgnos.append, self._offsets.append, self._sizes.append, pages.append
+        add_pgno, add_size, add = self._pgnos.append, self._sizes.append, pages.append
         try:
             # Ten bytes are there even at the end marker: index, size and trailer follow it.
             while at + 10 <= end:
@@ -557,7 +498,6 @@ class Decoder:
                     raise FormatError(f"page {pgno} has {len(page)} bytes, expecting {page_size}")
                 add((pgno, page, block if keep else b""))
                 add_pgno(pgno)
-                add_offset(base + at)
                 add_size(stop - at)
                 last = pgno
                 at = stop
