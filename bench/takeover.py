@@ -1,10 +1,10 @@
 """A primary and its hot standby under load; the primary is killed again and again.
 
-    python -m bench.takeover [--kills 100] [--ttl 1.0] [--store file|seaweedfs|moto] [--handovers 10]
+    python -m bench.takeover [--kills 100] [--ttl 1.0] [--store file|seaweedfs|moto] [--handovers 10] [--requests 10]
 
 Each node is a process that waits for the lease as a standby, then replicates, and inserts one row after another, each acknowledged by `wait()` before the next.
 After each take-over and at the end every acknowledged row must be there. Printed are the times from the last row that the killed owner has
-acknowledged to the first of the other node, and the same for orderly hand-overs (SIGTERM).
+acknowledged to the first of the other node, the same for orderly hand-overs (SIGTERM), and for those that the standby has asked for.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def node(url: str, path: Path, ttl_s: float) -> None:
     from replicator.standby import wait_until_owner
     from replicator.storage import open_client
 
-    stopping: list[int] = []
+    stopping: list[object] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    ask = threading.Event()
+    threading.Thread(target=_wait_for_line, args=(ask,), daemon=True).start()
     client = open_client(url)
     lease = Lease(client, ttl_s=ttl_s)
     folder = path.with_name(f".{path.name}-litestream") / "pyrepl"
     print("waiting", flush=True)
-    if not wait_until_owner(client, path, folder, lease, stop=threading.Event(), poll_s=0.1, interval_s=0.5):
+    if not wait_until_owner(client, path, folder, lease, stop=threading.Event(), poll_s=0.1, interval_s=0.5, ask=ask):
         return
+    lease.on_request(stopping.append)
     with Replicator(path, url, lease=lease, takeover=True) as replicator:
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         print("present", *[row[0] for row in connection.execute("SELECT name FROM acknowledged")], flush=True)
@@ -60,13 +63,18 @@ def node(url: str, path: Path, ttl_s: float) -> None:
     lease.close()
 
 
+def _wait_for_line(ask: threading.Event) -> None:
+    if sys.stdin.readline():
+        ask.set()
+
+
 class Node:
     """A running node, and what it says."""
 
     def __init__(self, url: str, path: Path, ttl_s: float) -> None:
         command = [sys.executable, "-m", "bench.takeover", "--node", url, str(path), "--ttl", str(ttl_s)]
         self.path = path
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.lines: queue.Queue[tuple[float, list[str]]] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -84,10 +92,22 @@ class Node:
             raise AssertionError(f"the node with {self.path} says nothing") from None
 
     def end(self, number: int) -> tuple[float, list[str]]:
-        """Send a signal and wait for the end; returns when the last row was acknowledged, and those since it was last listened to."""
-        began = time.monotonic()
+        """Send a signal and wait for the end; returns what `ended` returns."""
         self.process.send_signal(number)
+        return self.ended()
+
+    def ask(self) -> None:
+        """Let it ask for a hand-over."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("ask\n")
+        self.process.stdin.flush()
+
+    def ended(self) -> tuple[float, list[str]]:
+        """Wait for the end; returns when the last row was acknowledged, and those since it was last listened to."""
+        began = time.monotonic()
         self.process.wait(START_S)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         rows: list[str] = []
         while True:
             when, said = self.next()
@@ -101,26 +121,35 @@ class Node:
 # -- the pair --------------------------------------------------------------------------------------------------------------------
 
 
-def run(url: str, folder: Path, *, kills: int, handovers: int, ttl_s: float, tell: bool = True) -> tuple[list[float], list[float]]:
+KILLED, HANDED_OVER, REQUESTED = "killed", "handed over", "handed over on request"
+
+
+def run(
+    url: str, folder: Path, *, kills: int, handovers: int, requests: int = 0, ttl_s: float, tell: bool = True
+) -> dict[str, list[float]]:
     """Kill, and hand over, so many times; returns the seconds that each took. Raises `AssertionError` when something acknowledged is lost."""
     paths = [folder / "a.db", folder / "b.db"]
     create(paths[0])
     acknowledged: set[str] = set()
-    times: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    times: dict[str, list[float]] = {KILLED: [], HANDED_OVER: [], REQUESTED: []}
     owner, other = Node(url, paths[0], ttl_s), None
     try:
         _listen(owner, acknowledged, 1)
         other = Node(url, paths[1], ttl_s)
         assert other.next()[1] == ["waiting"]
-        for number in [signal.SIGKILL] * kills + [signal.SIGTERM] * handovers:
+        for how in [KILLED] * kills + [HANDED_OVER] * handovers + [REQUESTED] * requests:
             _listen(owner, acknowledged, ROWS_BETWEEN)
             time.sleep(0.5)  # the standby comes near
-            began, rows = owner.end(number)
+            if how == REQUESTED:
+                other.ask()
+                began, rows = owner.ended()
+            else:
+                began, rows = owner.end(signal.SIGKILL if how == KILLED else signal.SIGTERM)
             acknowledged.update(rows)
-            times[number].append(_listen(other, acknowledged, 1) - began)
+            times[how].append(_listen(other, acknowledged, 1) - began)
             owner, other = other, Node(url, owner.path, ttl_s)
             assert other.next()[1] == ["waiting"]
-            done = len(times[signal.SIGKILL]) + len(times[signal.SIGTERM])
+            done = sum(map(len, times.values()))
             if tell and done % 10 == 0:
                 print(f"{done} done, {len(acknowledged)} rows acknowledged", flush=True)
         acknowledged.update(owner.end(signal.SIGTERM)[1])
@@ -130,7 +159,7 @@ def run(url: str, folder: Path, *, kills: int, handovers: int, ttl_s: float, tel
                 item.process.kill()
                 item.process.wait()
     check(url, folder / "restored.db", acknowledged)
-    return times[signal.SIGKILL], times[signal.SIGTERM]
+    return times
 
 
 def create(path: Path) -> None:
@@ -192,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--handovers", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=10)
     parser.add_argument("--ttl", type=float, default=1.0)
     parser.add_argument("--store", choices=("file", "seaweedfs", "moto"), default="file")
     parser.add_argument("--node", nargs=2, metavar=("URL", "PATH"), help=argparse.SUPPRESS)
@@ -200,10 +230,10 @@ def main() -> None:
         node(options.node[0], Path(options.node[1]), options.ttl)
         return
     with tempfile.TemporaryDirectory() as name, _store(options.store, Path(name)) as url:
-        killed, handed = run(url, Path(name), kills=options.kills, handovers=options.handovers, ttl_s=options.ttl)
+        times = run(url, Path(name), kills=options.kills, handovers=options.handovers, requests=options.requests, ttl_s=options.ttl)
     print(f"store {options.store}, ttl {options.ttl:g} s; nothing that was acknowledged is lost")
-    _show("killed", killed)
-    _show("handed over", handed)
+    for how, seconds in times.items():
+        _show(how, seconds)
 
 
 if __name__ == "__main__":

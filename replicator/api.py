@@ -179,6 +179,7 @@ class Replicator:
         lease_timeout_s: float | None = None,
         recent_limit_bytes: int = 16 << 20,
         on_failure: Callable[[ReplicatorError], None] | None = None,
+        on_handover: Callable[[str], None] | None = None,
         sync: Literal["interval", "commit"] = "interval",
         names: Sequence[str] = (),
     ) -> None:
@@ -204,6 +205,7 @@ class Replicator:
             lease_timeout_s: how long `start` waits for it, with takeover; as long as it takes when not given.
             recent_limit_bytes: bound for files that were sent lately and are kept in memory, so that merging need not fetch them.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
+            on_handover: called by another thread, with its name, when somebody asks for the lease (see `Lease.on_request`): stop writing, and `close`.
             sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
             names: of the replicas, in order, for `wait(replicas=...)`; their kinds ("file", "s3") when not given.
 
@@ -222,7 +224,8 @@ class Replicator:
         if len(histories) != len(replicas):
             raise ConfigError(f"{len(replicas)} replicas, but {len(histories)} histories for {path}")
         self._lease, self._owns_lease = _lease_of(lease, self._clients[0])
-        self._forget_lease: Callable[[], None] | None = None
+        self._forget_lease: list[Callable[[], None]] = []
+        self._on_handover = on_handover
         self._takeover, self._lease_timeout_s = takeover, lease_timeout_s
         self._writing = writing(
             format,
@@ -255,7 +258,7 @@ class Replicator:
             busy_timeout_s=busy_timeout_s,
             staging_limit_bytes=staging_limit_bytes,
             force_snapshot=force_snapshot,
-            tenant=Tenant(self._lease, takeover=takeover) if self._lease is not None else None,
+            tenant=Tenant(self._lease, takeover=takeover, is_shared=not self._owns_lease) if self._lease is not None else None,
         )
         self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
         self._loop = EngineThread(
@@ -297,7 +300,9 @@ class Replicator:
             self._give_lease_back(is_stored=True)
             raise
         if self._lease is not None:
-            self._forget_lease = self._lease.on_loss(board.fail)
+            self._forget_lease.append(self._lease.on_loss(board.fail))
+            if self._on_handover is not None:
+                self._forget_lease.append(self._lease.on_request(self._on_handover))
         name = self._path.name
         self._threads.append(start_thread(f"pyrepl {name}", self._loop.run))
         for replica, history in zip(self._replicas, self._histories, strict=True):
@@ -402,8 +407,8 @@ class Replicator:
 
     def _give_lease_back(self, *, is_stored: bool) -> None:
         """Where something was not stored the lease runs out by itself, so that the next start here may still be the first."""
-        if self._forget_lease is not None:
-            self._forget_lease()
+        for forget in self._forget_lease:
+            forget()
         if self._lease is not None and self._owns_lease:
             self._lease.close(release=is_stored)
 

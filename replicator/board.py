@@ -331,14 +331,14 @@ class Board:
     def fail(self, error: Exception) -> None:
         """Stop everything for good. What is no error of ours is a bug: it is logged with its traceback."""
         with self.changed:
+            first = self.fatal is None  # each thread finds that the lease is lost: it is said once
             if isinstance(error, ReplicatorError):
-                log.error("replication stopped db=%s error=%r", self.path, str(error))
+                log.log(logging.ERROR if first else logging.DEBUG, "replication stopped db=%s error=%r", self.path, str(error))
                 failure = error
             else:
                 log.error("replication stopped by a defect db=%s", self.path, exc_info=error)
                 failure = ReplicatorError(f"internal error, replication of {self.path} stopped: {error!r}")
                 failure.__cause__ = error
-            first = self.fatal is None
             if first:
                 self.error, self.fatal, self.state = str(failure), failure, "failed"
                 self._release()

@@ -8,6 +8,7 @@ else, because one that sets an event deadlocks when it interrupts that event's o
 | first SIGINT or SIGTERM | is passed on to the child, whose end is waited for; then everything is stored within `shutdown-sync-timeout` |
 | second one | the child is killed, and we leave at once |
 | SIGHUP | the configuration is read again (not without one); what is wrong with it leaves everything as it is |
+| somebody asks for the lease | as the first SIGTERM; where others are replicated, too, and the lease is one database's, that one is stored and stopped |
 | SIGUSR1, SIGUSR2, SIGQUIT, SIGWINCH | are passed on to the child, if there is one |
 | the child ends | everything is stored within the time, and its exit code is ours |
 | every database has failed for good | the end, with an error; not with a child or a control socket, which may mend it |
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,7 +42,7 @@ from replicator.storage import open_client, open_replica, redact
 from replicator.storage.measured import Operations, measured
 from replicator.storage.paced import Pace, paced
 from replicator.storage.url import is_url, scheme
-from replicator.store import Limits, Member, Prepared, Store
+from replicator.store import FAILURES, Limits, Member, Prepared, Store
 
 __all__ = ["Daemon", "Options", "Shared", "Wakeups", "leave", "member_for", "registered_member", "run_once", "shared"]
 
@@ -171,7 +173,7 @@ def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared
         format=settings.format,
         recent_limit_bytes=shared.recent_bytes,
         on_failure=lambda error: on_failure(),
-        **shared.leases.arguments(settings.lease, takeover=options.takeover),
+        **shared.leases.arguments(settings.lease, settings.path, takeover=options.takeover),
         **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
     )
     return Prepared(replicator, clients)
@@ -207,6 +209,7 @@ class Wakeups(SignalPipe):
     def __init__(self) -> None:
         super().__init__()
         self._stops = 0
+        self._asked: deque[Path | None] = deque()
         self._leave: Callable[[int], None] = leave
 
     def take_signals(self, numbers: Sequence[int], leave: Callable[[int], None], *, at_once: bool = False) -> None:
@@ -217,6 +220,15 @@ class Wakeups(SignalPipe):
         """
         self._leave, self._stops = leave, int(at_once)
         self.take(numbers, self._note)
+
+    def hand_over(self, path: Path | None) -> None:
+        """Somebody asks for the lease of a database; None: for one that is shared."""
+        self._asked.append(path)
+        self.wake()
+
+    def asked(self) -> list[Path | None]:
+        """Return what was told to `hand_over` since the last call."""
+        return [self._asked.popleft() for _ in range(len(self._asked))]
 
     def _note(self, number: int, _: object) -> None:
         if number in STOPS:
@@ -284,6 +296,8 @@ class Daemon:
         self._wanted = directories
         self._directories = Directories(self._store, make) if make is not None else None
         self._timeout_s = shutdown_timeout_s
+        self.is_stored = True
+        """Whether everything was stored at the end."""
         self._child: Child | None = None
         self._reloading: threading.Thread | None = None
         self._reload_again = False
@@ -305,6 +319,7 @@ class Daemon:
                 self._until_over()
             finally:
                 errors = self._close()
+                self.is_stored = not errors
         if self._child is not None and self._child.code:
             return self._child.code
         return EXIT_FAILED if errors or self.errors() else 0
@@ -366,10 +381,27 @@ class Daemon:
                     self._reload_again = True
                 elif number and self._child is not None:
                     self._child.send(number)
+            for path in self._wakeups.asked():
+                if path is not None and (len(self._store.members()) > 1 or self._wanted):
+                    threading.Thread(target=self._hand_over, args=(path,), name="pyrepl hand-over", daemon=True).start()
+                elif not stopping:
+                    stopping = True
+                    log.info("a hand-over is asked for, shutting down")
+                    if self._child is not None:
+                        self._child.send(signal.SIGTERM)
             if self._reload_again and not self._reload_runs:
                 self._reload_again, self._reload_runs = False, True
                 self._reloading = threading.Thread(target=self._reload, name="pyrepl reload", daemon=True)
                 self._reloading.start()
+
+    def _hand_over(self, path: Path) -> None:
+        """Store one database, and stop it: its lease is released then."""
+        member = self._store.get(path)
+        if member is not None:
+            log.info("a hand-over is asked for, stopping db=%s", path)
+            with contextlib.suppress(*FAILURES):  # the log has it, and the lease is not released
+                member.stop(self._shutdown_timeout_s)
+            self._wakeups.wake()
 
     def _is_over(self, stopping: bool) -> bool:
         if self._child is not None:

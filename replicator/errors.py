@@ -455,12 +455,13 @@ class LeaseHeld(LeaseError):
 
 
 class LeaseLost(LeaseError):
-    """The lease was this process's, and is not any more."""
+    """The lease was this process's, and is not any more. `released`: nobody has taken it, it was released from outside."""
 
-    def __init__(self, url: str, *, owner: str, generation: int) -> None:
+    def __init__(self, url: str, *, owner: str, generation: int, released: bool = False) -> None:
         self.url, self.owner, self.generation = url, owner, generation
+        to = "nobody, it was released from outside" if released else owner or "nobody, the object was removed"
         super().__init__(
-            f"lease is lost to {owner or 'nobody, the object was removed'}: {url} (generation {generation})",
+            f"lease is lost to {to}: {url} (generation {generation})",
             hint="nothing more is acknowledged; start again with takeover to follow the new owner's state",
         )
 

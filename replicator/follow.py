@@ -60,6 +60,7 @@ MEMORY_BYTES = 1 << 20
 MERGE_BYTES = 8 << 20
 FEED_BYTES = 1 << 16
 LONGEST_RETRY_S = 60.0
+HURRY_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def follow(
     progress: Callable[[Progress], None] | None = None,
     applied: Callable[[TXID], None] | None = None,
     restores_folder: Path | None = None,
+    hurry: threading.Event | None = None,
 ) -> TXID | None:
     """Keep `output` up to date until `stop` is set, and return its TXID; None when it was stopped before the copy was there.
 
@@ -87,6 +89,7 @@ def follow(
         integrity_check, parallelism, progress: of the first restore, see `restore_database`.
         applied: called with the TXID after the first restore and after each change.
         restores_folder: see `restore_database`.
+        hurry: while it is set, look for new files each `HURRY_S`.
 
     Raises:
         CannotResume: a database stands at the output, and no file says its TXID.
@@ -117,7 +120,7 @@ def follow(
         log.info(
             "entering follow mode replica=%s output=%s txid=%s interval=%gs", client.kind, output, format_txid(follower.txid), interval_s
         )
-        follower.run(stop, interval_s)
+        follower.run(stop, interval_s, hurry)
         log.info("follow mode stopped replica=%s txid=%s", client.kind, format_txid(follower.txid))
         return follower.txid
 
@@ -263,14 +266,15 @@ class Follower:
         self._failed = 0
         self._outages = 0
 
-    def run(self, stop: threading.Event, interval_s: float) -> None:
+    def run(self, stop: threading.Event, interval_s: float, hurry: threading.Event | None = None) -> None:
         """Tick until stopped."""
         if not self._copy.leave_wal_mode(stop):
             return
         delay_s = 0.0
         while not stop.wait(delay_s):
             self.try_tick(stop)
-            delay_s = min(interval_s * 2 ** min(self._outages, 20), max(interval_s, LONGEST_RETRY_S))
+            at_most_s = HURRY_S if hurry is not None and hurry.is_set() else interval_s
+            delay_s = min(min(interval_s, at_most_s) * 2 ** min(self._outages, 20), max(interval_s, LONGEST_RETRY_S))
 
     def try_tick(self, stop: threading.Event) -> None:
         """Tick; of what may pass by itself, raise only what does not."""

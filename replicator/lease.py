@@ -5,21 +5,27 @@ rely on it when it is lost. One object may guard a whole host: one renewal each 
 
 **Unknown outcomes.** Every record that is written carries this instance's id and a serial number. So whatever happened to a request, reading the object
 back says whether it was stored; and since each write names the version that it replaces, a late copy of one changes nothing.
+
+**Handing over.** Whoever wants the lease may `request` it: a mark in the object, which the owner finds when it renews the next time, because its etag is not
+the one that it knows. So nobody has to look for requests. The owner then does what it does at an orderly end; the mark gives no right to anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
+from replicator.anchor import Anchor
 from replicator.clock import SYSTEM, Clock, Moment
 from replicator.errors import (
     ConditionsIgnored,
@@ -47,6 +53,8 @@ RETRY_PART = 0.1
 
 LeaseState = Literal["none", "held", "expired", "lost", "released"]
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +79,7 @@ class LeaseStatus:
         generation: the fencing token; 0 when there never was one.
         expires_at: a hint, on this machine's wall clock.
         error: why it could not be renewed, or who has it now.
+        wanted_by: who asks for a hand-over; empty when nobody does.
     """
 
     url: str
@@ -79,6 +88,7 @@ class LeaseStatus:
     generation: int
     expires_at: datetime | None
     error: str | None = None
+    wanted_by: str = ""
 
 
 def default_owner() -> str:
@@ -198,8 +208,12 @@ class Lease:
         self._probed = False
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
-        self._ends = False
+        self._run = 0  # the thread of which renewing is up
+        self._is_given_up = False  # it is not known whether a release has arrived
         self._listeners: list[Callable[[LeaseError], None]] = []
+        self._request_listeners: list[Callable[[str], None]] = []
+        self._told_of = ""
+        self._anchor: Anchor | None = None
 
     # -- asking ------------------------------------------------------------------------------------------------------------------
 
@@ -217,11 +231,12 @@ class Lease:
         term, seen = self._term, self._seen
         if term is not None:
             state: LeaseState = "held" if is_in_force(term, self._clock.now()) else "expired"
-            return LeaseStatus(self.url, state, self.owner, term.record.generation, term.record.expires, self._error)
-        record = seen.record if seen is not None else None
-        if record is None:
+            record = term.record
+            return LeaseStatus(self.url, state, self.owner, record.generation, record.expires, self._error, record.wanted_by)
+        if seen is None:
             return LeaseStatus(self.url, self._state, "", self._floor, None, self._error)
-        return LeaseStatus(self.url, self._state, record.owner, record.generation, record.expires, self._error)
+        record = seen.record
+        return LeaseStatus(self.url, self._state, record.owner, record.generation, record.expires, self._error, record.wanted_by)
 
     def due_s(self) -> float | None:
         """Return in how many seconds it must be renewed; None when there is nothing to renew."""
@@ -232,13 +247,24 @@ class Lease:
         """Let `listener` be called, by any thread, when the lease is lost; returns a function that ends this."""
         with self._changed:
             self._listeners.append(listener)
+        return lambda: self._forget(self._listeners, listener)
 
-        def forget() -> None:
-            with self._changed:
-                if listener in self._listeners:
-                    self._listeners.remove(listener)
+    def on_request(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Let `listener` be called, by any thread, with the name of who asks for a hand-over, once for each; returns a function that ends this.
 
-        return forget
+        Nothing happens by itself: to hand over is to stop writing, to store everything, and to release the lease.
+        """
+        with self._changed:
+            self._request_listeners.append(listener)
+            term = self._term
+        if term is not None and term.record.wanted_by:
+            listener(term.record.wanted_by)
+        return lambda: self._forget(self._request_listeners, listener)
+
+    def _forget(self, listeners: list[T], listener: T) -> None:
+        with self._changed:
+            if listener in listeners:
+                listeners.remove(listener)
 
     # -- acting ------------------------------------------------------------------------------------------------------------------
 
@@ -267,6 +293,8 @@ class Lease:
             for _ in range(WRITE_TRIES):
                 self._look()
                 if self._term is not None:  # an earlier try had arrived
+                    if self._is_given_up:  # and so may a release: only another version of the object stops it
+                        self.renew()
                     break
                 now = self._clock.now()
                 if self._seen is not None and (left := wait_s(self._seen, now, predecessors)) > 0:
@@ -278,7 +306,7 @@ class Lease:
                     break
             else:
                 raise StorageUnavailable(f"lease changes hands again and again: {self.url}")
-            self._lost, self._ends, self._pid = None, False, os.getpid()
+            self._lost, self._is_given_up, self._pid = None, False, os.getpid()
             log.info("lease acquired url=%s owner=%s generation=%d", self.url, self.owner, self._generation)
             self._begin_renewing()
             return self._generation
@@ -321,31 +349,86 @@ class Lease:
                     return
             raise StorageUnavailable(f"lease cannot be renewed, it changes again and again: {self.url}")
 
+    def anchor(self, folder: Path) -> Mapping[str, object] | None:
+        """Lock a file for as long as this object lives, if there is none yet, and return where it is; None where that is not possible.
+
+        Args:
+            folder: of a database that it guards, where the file is to be.
+        """
+        with self._asking:
+            if self._anchor is None:
+                try:
+                    self._anchor = Anchor(folder)
+                except OSError as error:  # then its successor must wait for its time to be over
+                    log.debug("lease has no anchor url=%s folder=%s error=%r", self.url, folder, str(error))
+                    return None
+            return self._anchor.place
+
     def release(self) -> None:
         """Give it up, so that another may take it at once. Nothing is written when it is not ours.
 
         Raises:
-            StorageError: it is not known whether it is released; it runs out by itself.
+            StorageError: it is not known whether it is released; it runs out by itself. Nothing is acknowledged under it any more.
         """
         with self._asking:
-            term = self._term
-            if term is not None:
-                now = self._clock.now()
-                record = replace(term.record, expires_at=now.wall, released=True)
-                try:
-                    written = self._write(record, term.etag, keeps=False)
-                except LeaseLost:
-                    written = False
+            if self._term is None:
+                return
+            written, self._is_given_up = False, True
+            try:
+                for _ in range(WRITE_TRIES):
+                    term = self._term
+                    now = self._clock.now()
+                    record = replace(term.record, expires_at=now.wall, released=True)
+                    if written := self._write(record, term.etag, keeps=False):
+                        break
+                else:
+                    raise StorageUnavailable(f"lease cannot be released, it changes again and again: {self.url}")
+            except LeaseLost:
+                pass
+            finally:
                 self._term = None
                 self._state = "released"
-                log.info("lease %s url=%s generation=%d", "released" if written else "was not ours any more", self.url, self._generation)
+            log.info("lease %s url=%s generation=%d", "released" if written else "was not ours any more", self.url, self._generation)
+
+    def request(self) -> bool:
+        """Ask the owner to hand over; False when there is nobody to ask: it is free, or ours. One or two small requests.
+
+        Raises:
+            LeaseError: the object cannot be understood, or is Litestream's, which hands over to nobody.
+            StorageError: unknown; call again.
+        """
+        return self._mark(self.owner)
+
+    def withdraw(self) -> None:
+        """Take a `request` of ours back. Raises what `request` raises."""
+        self._mark("")
+
+    def _mark(self, wanted_by: str) -> bool:
+        with self._asking:
+            for _ in range(WRITE_TRIES):
+                self._look()
+                seen = self._seen
+                if self._term is not None or seen is None or seen.record.released:
+                    return False
+                if wanted_by and not seen.record.instance:
+                    raise LeaseError(
+                        f"the owner cannot be asked to hand over: {self.url} is Litestream's ({seen.record.owner})",
+                        hint="stop it; its lease is free then, or when its time is over",
+                    )
+                if seen.record.wanted_by == wanted_by or (not wanted_by and seen.record.wanted_by != self.owner):
+                    return True
+                record = replace(seen.record, wanted_by=wanted_by)
+                with contextlib.suppress(PreconditionFailed):  # its owner was faster
+                    self._client.put_control(LOCK_NAME, record.encode(), if_match=seen.etag)
+                    return True
+            raise StorageUnavailable(f"lease changes again and again: {self.url}")
 
     def close(self, *, release: bool = True) -> None:
         """Stop renewing, and release. A store that does not answer is no error: the lease runs out by itself."""
         if os.getpid() != self._pid:  # a forked child: the lease is its parent's
             return
         with self._changed:
-            self._ends = True
+            self._run += 1
             self._changed.notify_all()
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
@@ -355,6 +438,9 @@ class Lease:
                 self.release()
             except StorageError as error:
                 log.warning("lease was not released, it runs out by itself url=%s error=%r", self.url, str(error))
+        if self._anchor is not None:
+            self._anchor.close()
+            self._anchor = None
         if self._owns_client:
             self._client.close()
 
@@ -429,29 +515,44 @@ class Lease:
         self._floor = max(self._floor, self._generation)
         for serial in [serial for serial in self._sent if serial < term.record.serial]:
             del self._sent[serial]
+        wanted_by, before, self._told_of = term.record.wanted_by, self._told_of, term.record.wanted_by
+        if wanted_by and wanted_by != before:
+            log.info("a hand-over is asked for url=%s by=%s", self.url, wanted_by)
+            with self._changed:
+                listeners = list(self._request_listeners)
+            for listener in listeners:
+                listener(wanted_by)
 
     def _lose(self, record: LockRecord | None) -> None:
         assert self._term is not None
         generation = record.generation if record is not None else self._term.record.generation
-        lost = LeaseLost(self.url, owner=record.owner if record is not None else "", generation=generation)
+        released = record is not None and record.released
+        lost = LeaseLost(self.url, owner=record.owner if record is not None else "", generation=generation, released=released)
         self._term, self._lost, self._state, self._error = None, lost, "lost", str(lost)
-        log.error("lease lost url=%s to=%s generation=%d", self.url, lost.owner or "nobody", generation)
+        log.error("lease lost url=%s to=%s generation=%d", self.url, "nobody" if released else lost.owner or "nobody", generation)
         with self._changed:
-            self._ends = True
+            self._run += 1
             listeners = list(self._listeners)
             self._changed.notify_all()
         for listener in listeners:
-            listener(lost)
+            try:
+                listener(lost)
+            except Exception as error:  # the others must know, whatever one makes of it
+                log.error("a listener failed when the lease was lost, by a defect url=%s", self.url, exc_info=error)
         raise lost
 
     # -- renewing ----------------------------------------------------------------------------------------------------------------
 
     def _begin_renewing(self) -> None:
-        if self._background and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._keep, name="pyrepl lease", daemon=True)
+        if self._background:
+            with self._changed:
+                self._run += 1  # one that is about to end does not count
+                run = self._run
+                self._changed.notify_all()
+            self._thread = threading.Thread(target=self._keep, args=(run,), name="pyrepl lease", daemon=True)
             self._thread.start()
 
-    def _keep(self) -> None:
+    def _keep(self, run: int) -> None:
         """Body of the thread: renew until it is lost, or given up."""
         failed = False
         while True:
@@ -461,7 +562,7 @@ class Lease:
             if failed:
                 due_s = max(due_s, self.ttl_s * RETRY_PART)
             with self._changed:
-                if self._changed.wait_for(lambda: self._ends, due_s):
+                if self._changed.wait_for(lambda: self._run != run, due_s):
                     return
             try:
                 self.renew()

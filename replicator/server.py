@@ -517,7 +517,8 @@ def _synced(member: Member) -> dict[str, object]:
             found["updated_at"] = _time(status.synced_at)
         if (lease := status.lease) is not None:
             expires = {"expires_at": _time(lease.expires_at)} if lease.expires_at is not None else {}
-            found["lease"] = {"state": lease.state, "owner": lease.owner, "generation": lease.generation, **expires}
+            wanted = {"wanted_by": lease.wanted_by} if lease.wanted_by else {}
+            found["lease"] = {"state": lease.state, "owner": lease.owner, "generation": lease.generation, **expires, **wanted}
         if status.wal_size_bytes:
             found |= {"wal_size": status.wal_size_bytes, "last_synced_wal_offset": status.wal_size_bytes}
     if (problem := member.problem) is not None:

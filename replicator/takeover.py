@@ -2,7 +2,8 @@
 
 The steps, each of which may be cut short and begun again:
 
-1. **Acquire** the lease. (The metadata folder is locked by then: an earlier process of ours is dead, and its lease is free.)
+1. **Acquire** the lease. (The metadata folder is locked by then: an earlier process of ours is dead, and its lease is free. One that guards many databases may
+   live although this one was closed; see `anchor.py`.)
 2. **Look** at the newest raw file. Its header says who wrote it. A number with a fencing token in it that is none of ours is another owner's claim, or
    what it wrote afterwards: the local database lacks that, unless the page table says that it is in that very state.
 3. **Salvage.** What was committed here and never stored is written to `<db>-salvage-<first TXID>-<last>-<checksum>.ltx` beside the database: all pages that
@@ -19,13 +20,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbits
 from typing import TypeVar
 
 from replicator import livefile
+from replicator.anchor import is_gone
 from replicator.atomic import AtomicFile, write_file
 from replicator.db import Database, Image
 from replicator.errors import Fenced, FormatError, StorageError
@@ -46,6 +48,7 @@ __all__ = ["Foreign", "Overtaken", "Tenant", "newest_raw", "restore_newest", "sa
 KEPT_WRITERS = 64
 CLAIM_TRIES = 8
 READ_BYTES = 1 << 20
+NO_ANCHOR: Mapping[str, object] = {"path": ""}
 
 T = TypeVar("T")
 
@@ -94,15 +97,16 @@ class Foreign:
 class Tenant:
     """What a database needs of a lease: the lease, whether it may be taken over from others, and the numbers that are its own."""
 
-    def __init__(self, lease: Lease, *, takeover: bool) -> None:
-        self.lease, self.takeover = lease, takeover
+    def __init__(self, lease: Lease, *, takeover: bool, is_shared: bool = False) -> None:
+        """`is_shared`: the lease guards other databases, too, and outlives the use of this one."""
+        self.lease, self.takeover, self._is_shared = lease, takeover, is_shared
         self.salvaged: Path | None = None
         """Where what only this machine had was written, when that was found to be necessary."""
         self.has_claimed = False
         """The newest raw file was written under the very term that is in force: no other claim can have followed."""
         self._token = 0
         self._numbers: list[int] = []
-        self._instances: list[str] = []
+        self._instances: dict[str, Mapping[str, object]] = {}  # where their anchors are; nothing for leases of this database alone
 
     def acquire(self, folder: Path) -> int:
         """Take the lease and return the number to write with. `folder`: the database's own, which this process has locked.
@@ -111,24 +115,33 @@ class Tenant:
             LeaseHeld, LeaseError, StorageError: see `Lease.acquire`.
         """
         self.remember(folder)
-        token = self.lease.acquire(predecessors=[item for item in self._instances if item != self.lease.instance])
+        token = self.lease.acquire(predecessors=[item for item in self._instances if self._is_dead(item)])
         number = writer_number(token, randbits(40))
         self._token = token_of(number)
         # Before anything is written with it: what is stored under it must be known as ours, whatever happens.
         self._numbers = [*self._numbers, number][-KEPT_WRITERS:]
-        self._instances = [*(item for item in self._instances if item != self.lease.instance), self.lease.instance][-KEPT_WRITERS:]
+        self._instances.pop(self.lease.instance, None)
+        self._instances[self.lease.instance] = (self.lease.anchor(folder) or NO_ANCHOR) if self._is_shared else {}
+        self._instances = dict(list(self._instances.items())[-KEPT_WRITERS:])
         text = json.dumps({"writers": [f"{item:016x}" for item in self._numbers], "instances": self._instances}, indent=1)
         write_file(folder / "writers.json", text.encode() + b"\n")
         return number
+
+    def _is_dead(self, instance: str) -> bool:
+        """Say whether an instance that this database was written under is certainly gone. Of one that was this database's own the lock on the folder,
+        which is ours, says so. One that is shared may live although the database was closed: by its process, which parked it, say.
+        """
+        place = self._instances[instance]
+        return instance != self.lease.instance and (not place or is_gone(place))
 
     def remember(self, folder: Path) -> None:
         """Read which numbers and instances are our own."""
         try:
             found = json.loads((folder / "writers.json").read_bytes())
             self._numbers = [int(item, 16) for item in found["writers"]]
-            self._instances = [str(item) for item in found["instances"]]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            self._numbers, self._instances = [], []
+            self._instances = {str(item): dict(place) for item, place in found["instances"].items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            self._numbers, self._instances = [], {}
 
     def foreign(self, client: ReplicaClient, folder: Path) -> Foreign | None:
         """Return the newest raw file if another owner wrote it and the page table in `folder` is not of that very state; else None. Two small requests.
@@ -199,15 +212,18 @@ def restore_newest(client: ReplicaClient, path: Path, folder: Path) -> TXID:
     return result.txid
 
 
-def seed_table(client: ReplicaClient, path: Path, folder: Path, txid: TXID) -> None:
+def seed_table(client: ReplicaClient, path: Path, folder: Path, txid: TXID, *, newest: tuple[FileInfo, Header] | None = None) -> None:
     """Write a page table for a database file that is in the state of a TXID, without a WAL, and that nobody writes to.
 
     Page 1 is left out: a copy that was kept up to date in place has a change counter of its own. So it will be part of the next file.
     Where the newest raw file is not of that TXID nothing is written: then the table is made of the replica.
+
+    Args:
+        newest: the newest raw file, where the caller has just looked.
     """
     import numpy as np
 
-    found, lineage = newest_raw(client), read_lineage(client)
+    found, lineage = newest or newest_raw(client), read_lineage(client)
     if found is None or found[0].max_txid != txid or lineage is None:
         return
     _, header = found

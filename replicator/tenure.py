@@ -18,7 +18,7 @@ within a fifth. And if all that fails, the appends decide (`replica.py`): the le
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from replicator.clock import Moment, longest_s
 from replicator.format.lock import LockRecord
@@ -48,8 +48,13 @@ class Term:
 
 
 def sighted(before: Sighting | None, etag: str, record: LockRecord, now: Moment) -> Sighting:
-    """Take note of an object that was read; `now`: when the reply had arrived."""
-    return before if before is not None and (before.etag, before.record) == (etag, record) else Sighting(etag, record, now)
+    """Take note of an object that was read; `now`: when the reply had arrived.
+
+    Somebody who asks for a hand-over changes the object, and not since when its owner has not been heard of.
+    """
+    if before is None or not ((before.etag, before.record) == (etag, record) or before.record.is_same_write(record)):
+        return Sighting(etag, record, now)
+    return before if before.etag == etag else replace(before, etag=etag, record=record)
 
 
 def wait_s(sighting: Sighting, now: Moment, predecessors: Collection[str] = ()) -> float:

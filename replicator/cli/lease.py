@@ -40,6 +40,7 @@ def lease(flags: dict[str, str], arguments: list[str]) -> int:
             "generation": record.generation,
             "expires_at": time_text(record.expires),
             "ttl_seconds": record.ttl_s,
+            **({"wanted_by": record.wanted_by} if record.wanted_by else {}),
         }
     if flags.get("json") == "true":
         print(json.dumps(fields, indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from replicator.errors import ConfigError
 if TYPE_CHECKING:
     from replicator.config import Config
     from replicator.config import Daemon as Settings
-    from replicator.daemon import Options
+    from replicator.daemon import Options, Wakeups
     from replicator.formats import Format
     from replicator.lease import LeaseTerms
     from replicator.leases import Leases
@@ -68,8 +68,9 @@ def _run(flags: dict[str, str], config: Config | None, arguments: list[str]) -> 
     settings = config.daemon if config is not None else Settings()
     if "exec" in flags:
         settings = replace(settings, command=split_words(flags["exec"]))
-    with Leases() as leases:
-        return _run_with(flags, config, arguments, options, settings, timeout_s, leases)
+    wakeups = daemon.Wakeups()
+    with Leases(wakeups.hand_over) as leases:
+        return _run_with(flags, config, arguments, options, settings, timeout_s, leases, wakeups)
 
 
 def _run_with(
@@ -80,13 +81,13 @@ def _run_with(
     settings: Settings,
     timeout_s: float | None,
     leases: Leases,
+    wakeups: Wakeups,
 ) -> int:
     from replicator import daemon
     from replicator.config import Fleet
     from replicator.storage.measured import Operations
 
-    wakeups, operations = daemon.Wakeups(), Operations()
-
+    operations = Operations()
     fleet = config.fleet if config is not None else Fleet(park_after_s=0)
     common = daemon.shared(fleet, operations, leases, parks=config is not None and not options.once)
     make = partial(daemon.member_for, options=options, shared=common, on_failure=wakeups.wake)
@@ -98,11 +99,14 @@ def _run_with(
             databases += [item for directory in config.directories for item in databases_in(directory)]
         members = [make(item) for item in databases]
     else:
-        members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups.wake)]
+        members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups)]
     if options.once:
         wakeups.take_signals(daemon.STOPS, daemon.leave, at_once=True)
         daemon.run_once(members, options, timeout_s=settings.shutdown_timeout_s if timeout_s is None else timeout_s)
-        return _code([member.error for member in members if member.error is not None], arguments)
+        errors = [member.error for member in members if member.error is not None]
+        if errors:
+            leases.keep()
+        return _code(errors, arguments)
 
     def load() -> Config:
         new = load_config(flags)
@@ -123,6 +127,8 @@ def _run_with(
         shutdown_timeout_s=timeout_s,
     )
     code = running.run()
+    if not running.is_stored:
+        leases.keep()
     return code if code != EXIT_FAILED else _code(running.errors(), arguments) or code
 
 
@@ -138,7 +144,7 @@ def _start_log(flags: dict[str, str], config: Config) -> None:
 
 
 def _from_arguments(
-    flags: dict[str, str], path: str, urls: Sequence[str], options: Options, operations: Operations, on_failure: Callable[[], None]
+    flags: dict[str, str], path: str, urls: Sequence[str], options: Options, operations: Operations, wakeups: Wakeups
 ) -> Member:
     from replicator.api import Replicator
     from replicator.levels import History
@@ -169,7 +175,8 @@ def _from_arguments(
             lease=lease,
             takeover=options.takeover,
             lease_timeout_s=0.0,
-            on_failure=lambda error: on_failure(),
+            on_failure=lambda error: wakeups.wake(),
+            on_handover=lambda by: wakeups.hand_over(Path(path)),
         )
         return Prepared(replicator, clients)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -48,9 +49,13 @@ def standby(flags: dict[str, str], arguments: list[str]) -> int:
     wakeups, operations = daemon.Wakeups(), Operations()
     failed = True
     try:
-        if not _wait(client, path, meta_path / "pyrepl", lease, wakeups, poll_s, interval_s):
+        ask = threading.Event()
+        if flags.get("handover") == "true":
+            ask.set()
+        if not _wait(client, path, meta_path / "pyrepl", lease, wakeups, poll_s, interval_s, ask):
             failed = False
             return 0
+        lease.on_request(lambda by: wakeups.hand_over(None))
         member = _member(path, url, meta_path, lease, operations, wakeups)
         running = daemon.Daemon([member], settings, wakeups, operations, retry=bool(settings.command))
         code = running.run()
@@ -63,7 +68,9 @@ def standby(flags: dict[str, str], arguments: list[str]) -> int:
         client.close()
 
 
-def _wait(client: ReplicaClient, path: Path, folder: Path, lease: Lease, wakeups: Wakeups, poll_s: float, interval_s: float) -> bool:
+def _wait(
+    client: ReplicaClient, path: Path, folder: Path, lease: Lease, wakeups: Wakeups, poll_s: float, interval_s: float, ask: threading.Event
+) -> bool:
     """Follow, in a thread: a handler that sets an event deadlocks when it interrupts that event's own wait."""
     from replicator import daemon
     from replicator.standby import wait_until_owner
@@ -74,17 +81,20 @@ def _wait(client: ReplicaClient, path: Path, folder: Path, lease: Lease, wakeups
 
     def work() -> None:
         try:
-            found.append(wait_until_owner(client, path, folder, lease, stop=stop, poll_s=poll_s, interval_s=interval_s))
+            found.append(wait_until_owner(client, path, folder, lease, stop=stop, poll_s=poll_s, interval_s=interval_s, ask=ask))
         except Exception as error:
             errors.append(error)
         wakeups.wake()
 
-    wakeups.take_signals(daemon.STOPS, daemon.leave)
+    wakeups.take_signals([*daemon.STOPS, signal.SIGUSR1], daemon.leave)
     thread = threading.Thread(target=work, name="pyrepl standby wait", daemon=True)
     thread.start()
     while not found and not errors:
-        if any(number in daemon.STOPS for number in wakeups.wait()):
+        numbers = wakeups.wait()
+        if any(number in daemon.STOPS for number in numbers):
             stop.set()
+        if signal.SIGUSR1 in numbers:
+            ask.set()
     thread.join()
     if errors:
         raise errors[0]
@@ -108,15 +118,17 @@ def _member(path: Path, url: str, meta_path: Path, lease: Lease, operations: Ope
 
 
 COMMAND = Command(
-    "pyrepl standby [-lease URL] [-lease-ttl D] [-poll D] [-follow-interval D] [-exec COMMAND] [-socket PATH] [-meta-path PATH] [-log-level L] URL DB",
+    "pyrepl standby [-handover] [-lease URL] [-lease-ttl D] [-poll D] [-follow-interval D] [-exec COMMAND] [-socket PATH] [-meta-path PATH] [-log-level L] URL DB",
     "Follow a replica, and go on as its owner when the lease is free.\n\n"
     "The copy may be read meanwhile, and not be written. When the owner is gone, or hands over by ending in good order, this process restores the rest,\n"
     "claims the replica and replicates the database.\n"
+    "-handover: ask the owner for it as soon as the copy is near the newest state; so does SIGUSR1. It is answered when the owner renews the next\n"
+    "time, a third of its TTL at most; then it ends in good order, and this process goes on in its place.\n"
     "-lease: the place of the lease, if not the replica's own.  -lease-ttl: its time, once it is ours (30s).\n"
     "-poll: how often to look at it (250ms).  -follow-interval: how often to look for new files (1s).\n"
     "-exec: the application, which is started then; when it ends everything is stored and the lease released, and its exit code is ours.\n"
     "-socket: take control requests there, once it is the owner.",
-    (),
+    ("handover",),
     ("lease", "lease-ttl", "poll", "follow-interval", "exec", "socket", "meta-path", "log-level"),
     standby,
 )

@@ -32,11 +32,7 @@ def honours_conditions(client: ReplicaClient) -> bool:
     with _guard:
         if store in _honouring:
             return True
-    found = probe_conditional_writes(client).create
-    if found and store is not None:
-        with _guard:
-            _honouring.add(store)
-    return found
+    return probe_conditional_writes(client).create
 
 
 def _store_of(client: ReplicaClient) -> tuple[str, ...] | None:
@@ -64,7 +60,7 @@ class Conditions:
 
 
 def probe_conditional_writes(client: ReplicaClient) -> Conditions:
-    """Find out which conditions the store keeps.
+    """Find out which conditions the store keeps, whatever is known of it already.
 
     Four small requests on a control object of its own, `pyrepl/probe-<random>`, which is deleted at the end; a crash leaves it behind, a few
     bytes that nobody reads.
@@ -72,7 +68,15 @@ def probe_conditional_writes(client: ReplicaClient) -> Conditions:
     Raises:
         StorageError: the store cannot be written at all, or does not answer.
     """
-    name = f"pyrepl/probe-{secrets.token_hex(8)}"
+    found = _probe(client, f"pyrepl/probe-{secrets.token_hex(8)}")
+    store = _store_of(client)
+    if found.create and store is not None:
+        with _guard:
+            _honouring.add(store)
+    return found
+
+
+def _probe(client: ReplicaClient, name: str) -> Conditions:
     try:
         etag = client.put_control(name, b"1", if_absent=True)
     except (AccessDenied, ObjectNotFound, StorageUnavailable):

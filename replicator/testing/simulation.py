@@ -9,7 +9,7 @@ delays, loses, repeats and reorders), the clocks and the application are made up
 too fast or too slow, so that two believe to have the lease; wall clocks that are wrong and are set. They
 are killed and begin again, stopped (the steady clock goes on) or frozen (it stands still and the wall clock jumps afterwards, as with a paused virtual machine).
 Requests and replies take up to minutes and overtake each other; either may be lost, then the writer's request ends with "outcome unknown"; requests arrive
-twice. Raw files are merged and deleted by the store itself as soon as that is allowed, so that slots that were taken become free again.
+twice. Those that wait for the lease ask for it now and then, and take that back. Raw files are merged and deleted by the store itself as soon as that is allowed, so that slots that were taken become free again.
 
 Phases of faults and quiet phases follow each other. In a quiet one an owner must be there in bounded time; then it is killed, and the next one must be.
 
@@ -84,6 +84,7 @@ class Report:
     fenced: int = 0
     lost_leases: int = 0
     handovers: int = 0
+    requests: int = 0
     lost_messages: int = 0
     late_messages: int = 0
     merged: int = 0
@@ -93,7 +94,7 @@ class Report:
         ordered = sorted(self.takeovers_s) or [0.0]
         return (
             f"seed={self.seed} steps={self.steps} hours={self.simulated_s / 3600:.1f} acknowledged={self.acknowledged} owners={self.owners} "
-            f"crashes={self.crashes} pauses={self.pauses} fenced={self.fenced} lost_leases={self.lost_leases} handovers={self.handovers} "
+            f"crashes={self.crashes} pauses={self.pauses} fenced={self.fenced} lost_leases={self.lost_leases} handovers={self.handovers} requests={self.requests} "
             f"lost_messages={self.lost_messages} late_messages={self.late_messages} merged={self.merged} takeovers={len(self.takeovers_s)} "
             f"takeover_p50_s={ordered[len(ordered) // 2]:.1f} takeover_max_s={ordered[-1]:.1f}"
         )
@@ -131,7 +132,8 @@ class Store:
         if name == LOCK_NAME:
             if before is not None and self._checks_patience:
                 self._check_patience(before, data)
-            self._renewed = self._scheduler.now
+            if before is None or not decode_lock(before).is_same_write(decode_lock(data)):  # who asks for it has not renewed it
+                self._renewed = self._scheduler.now
         return etag
 
     def _check_patience(self, before: bytes, after: bytes) -> None:
@@ -387,6 +389,11 @@ class Process:
             try:
                 return lease.acquire(predecessors=predecessors)
             except LeaseHeld as error:
+                with contextlib.suppress(StorageUnavailable):
+                    if self._world.random.random() < 0.01:
+                        self._world.report.requests += lease.request()
+                    elif self._world.random.random() < 0.01:
+                        lease.withdraw()
                 self._sleep(task, min(POLL_S, error.wait_s))
             except StorageUnavailable:
                 self._sleep(task, POLL_S)
@@ -398,6 +405,8 @@ class Process:
         replica, first = until_claimed(lambda: self._claim(task, client, lease, number), lambda: None)
         world.store.own(self.name, token, first)
         self.owns = True
+        asked: list[str] = []
+        lease.on_request(asked.append)
         while True:
             idle_until = world.scheduler.now + (
                 random.uniform(20, 150) if random.random() < 0.003 else random.choice((0.05, 0.3, 1.0, 3.0))
@@ -405,7 +414,7 @@ class Process:
             while (left := idle_until - world.scheduler.now) > 0 and (world.is_faulty or left < TTL_S):
                 self._sleep(task, min(left, TTL_S / 6))
                 self._keep(lease)
-            if world.is_faulty and random.random() < 0.002:
+            if (world.is_faulty and random.random() < 0.002) or (asked and random.random() < 0.5):
                 self.owns = False
                 with contextlib.suppress(StorageUnavailable):
                     lease.release()

@@ -117,6 +117,58 @@ def test_a_standby_takes_over_when_the_primary_ends_and_the_primary_comes_back_a
     assert lease(capsys, "show", url)[1]["state"] == "released"
 
 
+def test_a_standby_asks_for_it_and_the_primary_hands_over(tmp_path, capsys):
+    """The primary is asked through the store alone, and ends in good order; its last commits are there."""
+    url, primary, standby, socket = f"file://{tmp_path}/replica", tmp_path / "a.db", tmp_path / "b.db", tmp_path / "s"
+    connection = connect(primary)
+    insert(connection, 10)
+    assert main(["replicate", "-once", str(primary), url]) == 0
+    capsys.readouterr()
+    with running("replicate", "-lease", "-lease-ttl", "3s", "-sync-interval", "1h", primary, url) as one:
+        one.until("replicating to")
+        insert(connection, 5)  # not stored before it ends
+        with running("standby", "-lease-ttl", "60s", "-socket", socket, url, standby) as two:
+            two.until("entering follow mode")
+            two.process.send_signal(signal.SIGUSR1)
+            two.until("asking for a hand-over")
+            one.until("a hand-over is asked for, shutting down")
+            one.until("lease released")
+            assert one.process.wait(30) == 0
+            two.until("replicating to")
+            assert lease(capsys, "show", url)[1]["generation"] == 2
+            assert rows(standby) == rows(connection)
+            assert not list(tmp_path.glob("*salvage*"))
+            # And back again, asked for by a flag: what took over is an owner as any other.
+            connection.close()
+            with running("standby", "-handover", "-socket", tmp_path / "t", url, primary) as three:
+                three.until("asking for a hand-over")
+                code, shown = lease(capsys, "show", url)
+                assert (code, str(shown["wanted_by"]).rpartition(":")[2]) == (0, str(three.process.pid))
+                assert three.end(signal.SIGTERM) == 0  # it does not want it any more
+                assert "wanted_by" not in lease(capsys, "show", url)[1]
+            assert two.end(signal.SIGTERM) == 0
+
+
+def test_of_several_databases_only_the_one_that_is_asked_for_is_handed_over(tmp_path, capsys):
+    for name in ("a", "b"):
+        insert(connect(tmp_path / f"{name}.db"), 10)
+    config, socket = tmp_path / "c.yml", tmp_path / "s"
+    config.write_text(
+        f"socket: {{enabled: true, path: {socket}}}\nlease: {{ttl: 1s}}\ndbs:\n"
+        + "".join(f"  - {{path: {tmp_path}/{name}.db, lease: true, replica: {{path: {tmp_path}/r-{name}}}}}\n" for name in ("a", "b"))
+    )
+    with running("replicate", "-config", config) as one:
+        one.until("replicating to")
+        one.until("replicating to")
+        with running("standby", "-handover", f"file://{tmp_path}/r-b", tmp_path / "copy.db") as two:
+            one.until("a hand-over is asked for, stopping")
+            two.until("replicating to")
+            answer, _ = ask_daemon(socket, "/list", timeout_s=10)
+            assert [item["status"] for item in answer["databases"]] == ["replicating", "stopped"]
+            assert two.end(signal.SIGTERM) == 0
+        assert one.end(signal.SIGTERM) == 0
+
+
 def test_an_owner_whose_lease_is_released_from_outside_ends_with_an_error(tmp_path, capsys):
     url, database = f"file://{tmp_path}/replica", tmp_path / "a.db"
     insert(connect(database), 10)

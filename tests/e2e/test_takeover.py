@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -256,6 +258,52 @@ def test_one_lease_guards_many_databases_with_one_renewal(tmp_path):
         for replicator in replicators:
             with pytest.raises(LeaseLost):
                 replicator.close()
+
+
+def test_a_shared_lease_stays_its_owners_when_a_database_is_closed_under_it(tmp_path):
+    """It may be parked, or stopped by hand, in a process that lives and guards others."""
+    home, store, database = MemoryClient(), MemoryClient(), tmp_path / "a.db"
+    insert(connect(database), 2)
+    with Lease(home, ttl_s=3600, owner="daemon:1") as lease:
+        with Replicator(database, store, lease=lease, history=None) as replicator:
+            replicator.wait(timeout_s=20)
+        with pytest.raises(LeaseHeld, match="held by daemon:1"):
+            Replicator(database, store, lease=Lease(home, ttl_s=3600, owner="cron:2"), history=None).start()
+        lease.renew()
+        assert lease.status().state == "held"
+
+
+_OWNER = """
+import sys, time
+from replicator import Lease, Replicator
+with Lease(sys.argv[1], ttl_s=3600, owner="daemon:1") as lease:
+    for path in sys.argv[2:]:
+        with Replicator(path, f"file://{path}-replica", lease=lease, history=None) as replicator:
+            replicator.wait()
+    print("guards", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_shared_lease_of_a_process_that_was_killed_is_free_at_once_on_its_own_machine(tmp_path):
+    home, databases = f"file://{tmp_path}/home", [tmp_path / "a.db", tmp_path / "b.db"]
+    for database in databases:
+        insert(connect(database), 2)
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER, home, *map(str, databases)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None
+        with owner.stdout as lines:
+            assert lines.readline() == "guards\n"
+        lease = Lease(home, ttl_s=3600, owner="daemon:2")
+        again = Replicator(databases[1], f"file://{databases[1]}-replica", lease=lease, history=None)
+        with pytest.raises(LeaseHeld, match="held by daemon:1"):
+            again.start()
+    finally:
+        owner.kill()
+        owner.wait(20)
+    with Replicator(databases[1], f"file://{databases[1]}-replica", lease=lease, history=None):
+        assert lease.generation == 2
+    lease.close()
 
 
 def test_a_store_that_ignores_conditions_is_refused(rclone, tmp_path):

@@ -8,8 +8,11 @@ import pytest
 
 from replicator.config import Config, LeaseSettings, load
 from replicator.errors import ConfigError
-from replicator.lease import Lease, LeaseTerms
+from replicator.lease import Lease, LeaseTerms, read_lock
 from replicator.leases import Leases
+from replicator.storage import open_client
+
+DATABASE = Path("/srv/app.db")
 
 
 def read(top: str, *databases: str) -> Config:
@@ -42,12 +45,45 @@ def test_one_lease_with_a_url_guards_all_that_do_not_say_no():
     assert fourth is not None
     assert fourth.takeover
     with Leases() as made:
-        one, two, four = (made.arguments(item) for item in (first, third, fourth))
+        one, two, four = (made.arguments(item, DATABASE) for item in (first, third, fourth))
         assert isinstance(one["lease"], Lease)
         assert one["lease"] is two["lease"] is four["lease"]
-        assert (one["takeover"], four["takeover"], made.arguments(first, takeover=True)["takeover"]) == (False, True, True)
-        assert made.arguments(None) == {"lease": False, "takeover": False, "lease_timeout_s": 0.0}
-        assert made.arguments(LeaseSettings(ttl_s=5)) == {"lease": LeaseTerms(5.0), "takeover": False, "lease_timeout_s": 0.0}
+        assert (one["takeover"], four["takeover"], made.arguments(first, DATABASE, takeover=True)["takeover"]) == (False, True, True)
+        assert made.arguments(None, DATABASE)["lease"] is False
+        own = made.arguments(LeaseSettings(ttl_s=5), DATABASE)
+        assert (own["lease"], own["takeover"], own["lease_timeout_s"]) == (LeaseTerms(5.0), False, 0.0)
+
+
+def test_whoever_asks_for_a_lease_is_heard_of_with_what_it_guards(tmp_path):
+    (settings,) = leases(f"lease: {{url: 'file://{tmp_path}/home', ttl: 1m}}", "")
+    asked: list[Path | None] = []
+    with Leases(asked.append) as made:
+        own = made.arguments(LeaseSettings(ttl_s=5), DATABASE)["on_handover"]
+        assert own is not None
+        own("there:2")
+        shared = made.arguments(settings, DATABASE)["lease"]
+        assert isinstance(shared, Lease)
+        shared.acquire()
+        with Lease(f"file://{tmp_path}/other") as other:
+            assert not other.request()
+        other = Lease(f"file://{tmp_path}/home", owner="there:2")
+        assert other.request()
+        shared.renew()
+        assert asked == [DATABASE, None]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_shared_lease_is_not_released_where_something_was_not_stored(tmp_path, stored):
+    (settings,) = leases(f"lease: {{url: 'file://{tmp_path}/home', ttl: 1m}}", "")
+    with Leases() as made:
+        shared = made.arguments(settings, DATABASE)["lease"]
+        assert isinstance(shared, Lease)
+        shared.acquire()
+        if not stored:
+            made.keep()
+    found = read_lock(open_client(f"file://{tmp_path}/home"))
+    assert found is not None
+    assert found[1].released is stored
 
 
 def test_its_place_may_be_in_s3_with_the_files_credentials():

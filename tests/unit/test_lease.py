@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -125,7 +127,14 @@ def test_an_observer_counts_on_its_own_steady_clock_from_when_it_saw_the_object(
     assert wait_s(seen, Moment(59.0, START + 90_000)) == 1.0
     assert wait_s(seen, Moment(60.0, START - 90_000)) == 0.0
     assert sighted(seen, "e1", record, Moment(55.0, START)) is seen
-    assert sighted(seen, "e2", record, Moment(55.0, START)) == Sighting("e2", record, Moment(55.0, START))
+    renewed = replace(record, serial=2)
+    assert sighted(seen, "e2", renewed, Moment(55.0, START)) == Sighting("e2", renewed, Moment(55.0, START))
+    # Whoever asks for it is not its owner, and may not keep others waiting. But what it wrote is what must be replaced.
+    marked = replace(record, wanted_by="me:3")
+    assert sighted(seen, "e3", marked, Moment(55.0, START)) == Sighting("e3", marked, Moment(50.0, START))
+    litestreams = LockRecord(1, START, "other:1")
+    again = sighted(Sighting("e1", litestreams, Moment(50.0, START)), "e2", litestreams, Moment(55.0, START))
+    assert again.since == Moment(55.0, START)
 
 
 def test_what_is_released_or_of_a_dead_predecessor_is_free_at_once():
@@ -267,6 +276,22 @@ def test_a_listener_is_told_once_and_others_take_over_only_what_they_saw():
     assert told == [("second", LeaseLost)]
 
 
+def test_a_listener_that_fails_does_not_keep_the_others_from_knowing():
+    store, told = MemoryClient(), []
+
+    def fails(error):
+        raise ValueError("a defect of the application")
+
+    lease = lease_of(store)
+    lease.on_loss(fails)
+    lease.on_loss(told.append)
+    lease.acquire()
+    release_lock(store, force=True)
+    with pytest.raises(LeaseLost, match="it was released from outside"):
+        lease.renew()
+    assert len(told) == 1
+
+
 def test_a_released_lease_keeps_its_generation_and_a_removed_object_begins_anew_above_what_was_seen():
     store, clock = MemoryClient(), Time()
     first = lease_of(store, clock)
@@ -352,6 +377,122 @@ def test_a_forked_child_does_not_release_its_parents_lease(monkeypatch):
     found = read_lock(store)
     assert found is not None
     assert not found[1].released
+
+
+def test_one_that_was_lost_and_acquired_again_by_a_listener_is_renewed_as_before():
+    client = Unreliable()
+    lease = Lease(client, ttl_s=1.0)
+    again = threading.Event()
+
+    def acquire(error):
+        lease.acquire()
+        again.set()
+
+    lease.on_loss(acquire)  # called by the very thread that renews
+    lease.acquire()
+    release_lock(client, force=True)
+    assert again.wait(20)
+    puts, end = client.puts, time.monotonic() + 20
+    while client.puts < puts + 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    lease.close()
+
+
+# -- handing over ----------------------------------------------------------------------------------------------------------------
+
+
+def test_who_asks_for_it_is_named_to_the_owner_at_its_next_renewal():
+    store, clock, told = MemoryClient(), Time(), []
+    mine, theirs = lease_of(store, clock), lease_of(store, clock, owner="there:2")
+    assert not theirs.request()  # nobody has it
+    mine.acquire()
+    mine.on_request(told.append)
+    assert theirs.request()
+    assert theirs.request()  # once is enough
+    assert theirs.status().wanted_by == "there:2"
+    assert not told
+    mine.renew()
+    mine.renew()
+    assert told == ["there:2"]
+    assert (mine.status().state, mine.status().wanted_by, mine.lapses) == ("held", "there:2", 0)
+    later: list[str] = []
+    mine.on_request(later.append)
+    assert later == ["there:2"]
+    mine.release()
+    assert theirs.acquire() == 2
+    assert theirs.status().wanted_by == ""
+
+
+def test_asking_gives_no_right_and_does_not_keep_others_waiting():
+    store, clock = MemoryClient(), Time()
+    mine, theirs, third = lease_of(store, clock), lease_of(store, clock, owner="there:2"), lease_of(store, clock, owner="there:3")
+    mine.acquire()
+    with pytest.raises(LeaseHeld):
+        third.acquire()
+    clock.pass_s(6.0)
+    assert theirs.request()
+    with pytest.raises(LeaseHeld) as held:
+        theirs.acquire()
+    assert held.value.wait_s == 10.0
+    with pytest.raises(LeaseHeld) as held:
+        third.acquire()
+    assert held.value.wait_s == 4.0
+    theirs.withdraw()
+    third.withdraw()  # of what it did not ask
+    clock.pass_s(4.0)
+    assert third.acquire() == 2
+    with pytest.raises(LeaseLost, match="there:3"):
+        mine.confirm()
+
+
+def test_an_owner_that_releases_at_the_moment_in_which_somebody_asks_has_released():
+    store, clock = MemoryClient(), Time()
+    mine, theirs = lease_of(store, clock), lease_of(store, clock, owner="there:2")
+    mine.acquire()
+    theirs.request()  # the owner's etag is an old one now
+    mine.release()
+    assert theirs.acquire() == 2
+
+
+def test_what_litestream_holds_cannot_be_asked_for():
+    store = MemoryClient()
+    held = b'{"generation":1,"expires_at":"2026-11-24T10:00:30Z","owner":"host:9"}'
+    store.put_control("lock.json", held)
+    with pytest.raises(LeaseError, match=r"Litestream's \(host:9\)"):
+        lease_of(store).request()
+    assert store.get_control("lock.json").data == held
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_after_a_release_without_a_reply_nothing_is_acknowledged(arrives):
+    client, clock = Unreliable(), Time()
+    lease = lease_of(client, clock)
+    lease.acquire()
+    late: list[tuple[bytes, dict[str, object]]] = []
+
+    original = client.put_control
+
+    def lose(name, data, **conditions):
+        late.append((data, conditions))
+        if arrives:
+            original(name, data, **conditions)
+        raise StorageUnavailable("reply lost")
+
+    client.put_control = lose  # type: ignore[method-assign]
+    client.get_control = lambda name: (_ for _ in ()).throw(StorageUnavailable("no reply"))  # type: ignore[method-assign]
+    with pytest.raises(StorageUnavailable):
+        lease.release()
+    del client.put_control, client.get_control
+    assert lease.status().state == "released"
+    with pytest.raises(LeaseLost):
+        lease.confirm()
+    # It wants it again. A release that is still under way must not end the new term unnoticed.
+    assert lease.acquire() == (2 if arrives else 1)
+    data, conditions = late[0]
+    with pytest.raises(PreconditionFailed):
+        client.put_control("lock.json", data, **conditions)
+    assert lease.confirm() == lease.generation
 
 
 @pytest.mark.parametrize("ttl_s", [0.5, 3601, -1, math.nan])
