@@ -333,7 +333,8 @@ class Board:
         with self.changed:
             first = self.fatal is None  # each thread finds that the lease is lost: it is said once
             if isinstance(error, ReplicatorError):
-                log.log(logging.ERROR if first else logging.DEBUG, "replication stopped db=%s error=%r", self.path, str(error))
+                level = logging.ERROR if first else logging.DEBUG
+                log.log(level, "replication stopped db=%s error=%r hint=%r", self.path, str(error), error.hint)
                 failure = error
             else:
                 log.error("replication stopped by a defect db=%s", self.path, exc_info=error)

@@ -43,6 +43,7 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
     known = _known_to_daemon(config)
     losses = {path: item["loss_window"] for path, item in known.items() if "loss_window" in item}
     leases = {path: item["lease"] for path, item in known.items() if "lease" in item}
+    errors = {path: item["error"] for path, item in known.items() if "error" in item}
     from replicator.fleet import databases_in
 
     for item in [*config.databases, *(item for directory in config.directories for item in databases_in(directory))]:
@@ -54,7 +55,7 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
         keys = ("database", "status", "local_txid", "wal_size")
         found = [dict[str, object](zip(keys, row, strict=True)) for row in rows]
         for row in found:
-            for key, more in (("loss_window", losses), ("lease", leases)):
+            for key, more in (("loss_window", losses), ("lease", leases), ("error", errors)):
                 if row["database"] in more:
                     row[key] = more[row["database"]]
         print(json.dumps(found, indent=2))
@@ -68,6 +69,9 @@ def status(flags: dict[str, str], arguments: list[str]) -> int:
         if owned:
             print("\nLeases:")
             table(["database", "state", "owner", "generation", "expires at"], owned)
+        wrong = [f"{database}: {errors[database]}" for database, *_ in rows if database in errors]
+        if wrong:
+            print("\nThe daemon reports:", *wrong, sep="\n")
     return 0
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 
 from replicator.cli import main
 from replicator.cli.control import ask_daemon
+from replicator.format.ltx import TXID
+from replicator.storage import open_client
 from tests.e2e.databases import connect, insert, restored, rows
 from tests.servers import free_port
 
@@ -169,6 +172,56 @@ def test_of_several_databases_only_the_one_that_is_asked_for_is_handed_over(tmp_
         assert one.end(signal.SIGTERM) == 0
 
 
+def test_another_writer_is_seen_everywhere_and_said_once(tmp_path, capsys):
+    connections = {name: connect(tmp_path / f"{name}.db") for name in ("a", "b")}
+    for connection in connections.values():
+        insert(connection, 5)
+    config, socket, port, database = tmp_path / "c.yml", tmp_path / "s", free_port(), tmp_path / "b.db"
+    config.write_text(
+        f"addr: 127.0.0.1:{port}\nsocket: {{enabled: true, path: {socket}}}\ndbs:\n"
+        + "".join(f"  - {{path: {tmp_path}/{name}.db, replica: {{path: {tmp_path}/r-{name}}}}}\n" for name in ("a", "b"))
+    )
+
+    def ask(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    with running("replicate", "-config", config) as one:
+        one.until("control socket listening")
+        for name in ("a", "b"):
+            sync(socket, tmp_path / f"{name}.db")
+        client = open_client(f"file://{tmp_path}/r-b")
+        client.put(0, TXID(2), TXID(2), b"of another writer", timestamp_ms=1)
+        insert(connections["b"], 1)
+        one.until("replication stopped")
+        insert(connections["a"], 1)
+        sync(socket, tmp_path / "a.db")  # that one goes on
+        said = "another writer owns the replica"
+        assert ask("healthz")[0] == 200  # the process is well
+        code, text = ask("readyz")
+        assert (code, text.count(said)) == (503, 1)
+        text = ask("metrics")[1]
+        assert f'pyrepl_database_state{{db="{database}",state="failed"}} 1.0' in text
+        assert main(["status", "-config", str(config)]) == 0
+        assert f"The daemon reports:\n{database}: {said}" in capsys.readouterr().out
+        assert main(["status", "-json", "-config", str(config)]) == 0
+        assert [said in row.get("error", "") for row in json.loads(capsys.readouterr().out)] == [False, True]
+        assert main(["top", "-once", "-socket", str(socket)]) == 0
+        out = capsys.readouterr().out
+        assert "1 failed, 1 replicating" in out
+        assert f"{database}: {said}" in out
+        answer, _ = ask_daemon(socket, "/list", timeout_s=10)
+        assert [item["status"] for item in answer["databases"]] == ["replicating", "stopped"]
+        assert main(["sync", "-wait", "-socket", str(socket), str(database)]) == 1
+        assert said in capsys.readouterr().err
+        assert one.end(signal.SIGTERM) == 1
+        one.until(f'"replication stopped" path={tmp_path}/a.db')
+        assert sum('"replication stopped" db=' in line for line in one.seen) == 1
+
+
 def test_an_owner_whose_lease_is_released_from_outside_ends_with_an_error(tmp_path, capsys):
     url, database = f"file://{tmp_path}/replica", tmp_path / "a.db"
     insert(connect(database), 10)
@@ -177,7 +230,8 @@ def test_an_owner_whose_lease_is_released_from_outside_ends_with_an_error(tmp_pa
         code, released = lease(capsys, "release", "-force", url)
         assert (code, released["state"]) == (0, "released")
         assert one.process.wait(30) == 1
-        one.until("lease is lost to")
+        one.until("Error: lease is lost to nobody, it was released from outside")
+        assert sum('msg="replication stopped" db=' in line for line in one.seen) == 1
 
 
 def test_one_lease_for_all_databases_of_a_configuration_and_takeover_waits_for_it(tmp_path, capsys):
