@@ -42,7 +42,7 @@ from replicator.replica import Replica
 from replicator.scan import all_pages, differing_pages
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
-from replicator.takeover import Overtaken, Tenant, newest_raw, restore_newest, salvage, until_claimed
+from replicator.takeover import Overtaken, Tenant, has_pages, newest_raw, restore_newest, salvage, until_claimed
 from replicator.walreader import Changes, WALFile
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ class Engine:
             return
         self._database.open()
         try:
+            if foreign.is_doubtful and has_pages(self._database, home.client, foreign.info):
+                return
             tenant.salvaged = salvage(self._database, self._folder)
         finally:
             self._database.close()

@@ -4,8 +4,9 @@ The steps, each of which may be cut short and begun again:
 
 1. **Acquire** the lease. (The metadata folder is locked by then: an earlier process of ours is dead, and its lease is free. One that guards many databases may
    live although this one was closed; see `anchor.py`.)
-2. **Look** at the newest raw file. Its header says who wrote it. A number with a fencing token in it that is none of ours is another owner's claim, or
-   what it wrote afterwards: the local database lacks that, unless the page table says that it is in that very state.
+2. **Look** at the newest raw file. Its header says who wrote it. A number that is none of ours is another owner's claim, or what it wrote afterwards: the local
+   database lacks that, unless the page table says that it is in that very state. A number without a fencing token is Litestream's, or of a pyrepl
+   without a lease; with takeover it counts as another owner's, too, or what it stored would be undone.
 3. **Salvage.** What was committed here and never stored is written to `<db>-salvage-<first TXID>-<last>-<checksum>.ltx` beside the database: all pages that
    differ from the newest state that is known to be stored. It is never merged into what the other owner wrote; a person decides.
 4. **Restore** the newest state over the database, and write a page table of it, so that nothing is downloaded twice.
@@ -35,6 +36,7 @@ from replicator.format.checksum import page_checksum
 from replicator.format.lock import token_of, writer_number
 from replicator.format.ltx import LTX_HEADER_SIZE, TXID, Decoder, FileInfo, Header, decode_header, format_txid
 from replicator.format.sqlite import lock_pgno
+from replicator.joining import Known
 from replicator.lease import Lease
 from replicator.outbox import Staging, encode
 from replicator.pagetable import PageTable
@@ -43,7 +45,7 @@ from replicator.restorer import restore_database
 from replicator.storage.base import ReplicaClient
 from replicator.tail import NO_WAL
 
-__all__ = ["Foreign", "Overtaken", "Tenant", "newest_raw", "restore_newest", "salvage", "seed_table", "until_claimed"]
+__all__ = ["Foreign", "Overtaken", "Tenant", "has_pages", "newest_raw", "restore_newest", "salvage", "seed_table", "until_claimed"]
 
 KEPT_WRITERS = 64
 CLAIM_TRIES = 8
@@ -82,16 +84,23 @@ def until_claimed(attempt: Callable[[], T], undo: Callable[[], None]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """The newest raw file of a replica, which another owner wrote. `owner`: as it calls itself, where the store tells."""
+    """The newest raw file of a replica, which another owner wrote.
+
+    Attributes:
+        owner: as it calls itself, where the store tells.
+        is_doubtful: it was written without a lease and follows the local state, so that it may be what this machine stored last before it was killed.
+    """
 
     info: FileInfo
     header: Header
     owner: str
+    is_doubtful: bool = False
 
     @property
     def who(self) -> str:
         """Who wrote it, in words."""
-        return f"{self.owner or 'another owner'} (generation {token_of(self.header.node_id)})"
+        token = token_of(self.header.node_id)
+        return f"{self.owner or 'another owner'} ({f'generation {token}' if token else 'without a lease'})"
 
 
 class Tenant:
@@ -146,6 +155,8 @@ class Tenant:
     def foreign(self, client: ReplicaClient, folder: Path) -> Foreign | None:
         """Return the newest raw file if another owner wrote it and the page table in `folder` is not of that very state; else None. Two small requests.
 
+        What was written without a lease is another owner's with takeover only: else it may be of an earlier run here, whose number nobody knows.
+
         Raises:
             StorageError: the replica cannot be read.
         """
@@ -154,17 +165,25 @@ class Tenant:
         if found is None:
             return None
         info, header = found
-        if not token_of(header.node_id) or header.node_id in self._numbers:
-            self.has_claimed = token_of(header.node_id) == self._token
+        token = token_of(header.node_id)
+        if header.node_id in self._numbers or (not token and not self.takeover):
+            self.has_claimed = bool(token) and token == self._token
             return None
-        table = PageTable.open(folder / "pages")
+        table, is_doubtful = PageTable.open(folder / "pages"), False
         if table is not None:
             try:
                 if _is_at(table, client, info, header):
                     return None
+                if (
+                    not token
+                    and table.is_intact
+                    and min(table.state.txid, Known(folder / "replicas.json").get(client.url)) >= info.max_txid
+                ):
+                    return None  # this machine has seen it there: what is newer is staged here
+                is_doubtful = not token and table.is_intact and table.state.txid in (info.max_txid, info.max_txid - 1)
             finally:
                 table.close()
-        return Foreign(info, header, client.metadata(info).get("pyrepl-owner", ""))
+        return Foreign(info, header, client.metadata(info).get("pyrepl-owner", ""), is_doubtful)
 
 
 def newest_raw(client: ReplicaClient) -> tuple[FileInfo, Header] | None:
@@ -199,6 +218,26 @@ def _is_at(table: PageTable, client: ReplicaClient, info: FileInfo, header: Head
                     return False
     decoder.close()
     return True
+
+
+def has_pages(database: Database, client: ReplicaClient, info: FileInfo) -> bool:
+    """Say whether a database holds each page of a stored file as it is there: going on from it, nothing of that file is undone."""
+    stored: dict[int, int] = {}
+    decoder = Decoder()
+    with client.open(info) as stream:
+        while data := stream.read(READ_BYTES):
+            stored.update((pgno, page_checksum(pgno, page)) for pgno, page, _ in decoder.feed(data))
+    decoder.close()
+    assert decoder.header is not None
+    image = database.image()
+    if image.page_size != decoder.header.page_size:
+        return False
+    for first, chunk in database.chunks(image):
+        view, size = memoryview(chunk), image.page_size
+        for index in range(len(chunk) // size):
+            if stored.pop(first + index, checksum := page_checksum(first + index, view[index * size : (index + 1) * size])) != checksum:
+                return False
+    return not stored
 
 
 def restore_newest(client: ReplicaClient, path: Path, folder: Path) -> TXID:

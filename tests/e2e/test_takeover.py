@@ -143,6 +143,48 @@ def test_takeover_restores_claims_and_keeps_the_old_owners_tail(url, tmp_path):
     assert rows(copy) == tail
 
 
+def test_takeover_restores_what_was_stored_without_a_lease_meanwhile_and_does_not_undo_it(tmp_path):
+    client, mine, theirs = MemoryClient(), tmp_path / "mine.db", tmp_path / "theirs.db"
+    insert(connect(mine), 10)
+    with Replicator(mine, client, lease=TERMS, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    restored(client, tmp_path, "theirs.db")
+    for count in (7, 2):
+        with Replicator(theirs, client, history=None) as replicator:
+            connection = connect(theirs)
+            insert(connection, count)
+            replicator.wait(timeout_s=20)
+        with Replicator(mine, client, lease=TERMS, takeover=True, history=None) as replicator:
+            assert rows(mine) == rows(connection)
+            replicator.wait(timeout_s=20)
+        assert rows(restored(client, tmp_path, f"{count}.db")) == rows(connection)
+        connection.close()
+        for path in (*tmp_path.glob("theirs.db*"), *tmp_path.glob("mine.db-*")):
+            path.unlink()
+        restored(client, tmp_path, "theirs.db")
+        shutil.rmtree(tmp_path / ".theirs.db-litestream")
+    assert not list(tmp_path.glob("*salvage*"))
+
+
+def test_takeover_goes_on_after_a_kill_of_its_own_before_it_had_a_lease(tmp_path):
+    """What it stored last and did not note any more is its own, although nothing says so: its pages are here."""
+    client, database, pages = MemoryClient(), tmp_path / "a.db", tmp_path / ".a.db-litestream" / "pyrepl" / "pages"
+    connection = connect(database)
+    insert(connection, 10)
+    with Replicator(database, client, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    before = pages.read_bytes()
+    insert(connection, 3)
+    with Replicator(database, client, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    pages.write_bytes(before)
+    tail = rows(connection)
+    with Replicator(database, client, lease=TERMS, takeover=True, history=None) as replicator:
+        replicator.wait(timeout_s=20)
+    assert rows(restored(client, tmp_path)) == rows(connection) == tail
+    assert not list(tmp_path.glob("*salvage*"))
+
+
 @pytest.mark.fault("F47")
 def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_path):
     """The lease is ours, and between the look at the replica and the claim a file arrives that the old owner sent before."""

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from replicator.board import Board
 from replicator.errors import ReplicatorError
 from replicator.format.ltx import TXID
@@ -71,10 +73,12 @@ def test_what_is_committed_after_the_look_began_is_not_promised() -> None:
     assert found.synced_at <= began
 
 
-def test_failure_is_told_once() -> None:
+def test_failure_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     told: list[ReplicatorError] = []
     found = board(Stub(txid=TXID(0), online=True), on_failure=told.append)
-    error = ReplicatorError("over")
+    error = ReplicatorError("over", hint="look at it")
     found.fail(error)
     found.fail(ReplicatorError("again"))
     assert told == [error]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage() == "replication stopped db=/d/a.db error='over' hint='look at it'"
