@@ -320,16 +320,19 @@ class Follower:
         self._ticks += 1
         new = list(self._client.list(0, seek=TXID(self.txid + 1)))
         chain: list[FileInfo] = []
-        end = self.txid
+        end, leaves_gap = self.txid, False
         for info in new:
             if info.min_txid > end + 1:
+                leaves_gap = True
                 break
             if info.max_txid > end:
                 chain.append(info)
                 end = info.max_txid
         if self._ticks % LINEAGE_TICKS == 1 and (chain or self._ticks == 1):
             self._check_lineage()
-        if chain and len(chain) < MANY_FILES and not self._failed:
+        # Raw files go from the oldest on: a gap behind one that follows our state says that it may be a late write of a former owner, to a name that was
+        # free again. What was merged tells.
+        if chain and len(chain) < MANY_FILES and not self._failed and not leaves_gap:
             return chain
         if not new and not self._failed and self._ticks % LOOK_TICKS != 1:
             return ()

@@ -163,6 +163,8 @@ class Keeper:
         return {level: [info for info in infos if _key(info) not in self._damaged] for level, infos in files.items()}
 
     def _failed(self, name: str, error: Exception) -> None:
+        if self._stopping():
+            return  # what was cut short is done by the next start
         self.failures += 1
         count = self._failures[name] = self._failures.get(name, 0) + 1
         delay = DENIED_RETRY_S if isinstance(error, AccessDenied) else RETRY_S[min(count, len(RETRY_S)) - 1]

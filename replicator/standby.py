@@ -79,6 +79,7 @@ def wait_until_owner(
         LeaseError: the lease cannot be understood, or its store ignores conditions.
         ReplicatorError, OSError: the replica cannot be followed, see `follow`.
     """
+    _finish_leaving(path)
     if _is_database(path) and read_txid(path) is None and not _leave(client, path, folder, lease, stop, poll_s):
         return not stop.is_set()
     while not stop.is_set():
@@ -127,13 +128,26 @@ def _leave(client: ReplicaClient, path: Path, folder: Path, lease: Lease, stop: 
                     salvage(database, folder)
                 finally:
                     database.close()
-                for suffix in ("", "-wal", "-shm"):
-                    path.with_name(path.name + suffix).unlink(missing_ok=True)
                 (folder / "pages").unlink(missing_ok=True)
+                path.rename(_left(path))
                 sync_directory(path.parent)
+                _finish_leaving(path)
                 return True
         stop.wait(poll_s)
     return False
+
+
+def _left(path: Path) -> Path:
+    """Where a database is that shall go. As long as it is there its WAL, which would be taken for that of a copy, may be, too."""
+    return path.with_name(f".{path.name}.left")
+
+
+def _finish_leaving(path: Path) -> None:
+    left = _left(path)
+    if left.exists():
+        for name in (f"{path.name}-wal", f"{path.name}-shm", left.name):
+            path.with_name(name).unlink(missing_ok=True)
+        sync_directory(path.parent)
 
 
 class _Following:

@@ -513,6 +513,41 @@ def test_a_standby_that_was_the_owner_keeps_its_tail_and_follows(tmp_path):
     assert len(list(tmp_path.glob("mine.db-salvage-*.ltx"))) == 1
 
 
+def test_a_standby_that_was_killed_while_it_left_its_own_database_follows_when_it_starts_again(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    client, mine, theirs = MemoryClient(), tmp_path / "mine.db", tmp_path / "theirs.db"
+    connection = connect(mine)
+    insert(connection, 20)
+    with Replicator(mine, client, lease=TERMS, history=None) as owner:
+        owner.wait(timeout_s=20)
+    with Replicator(theirs, client, lease=TERMS, takeover=True, history=None) as other:
+        insert(connect(theirs), 2)
+        other.wait(timeout_s=20)
+        unlink = Path.unlink
+
+        def dies(path, **options):
+            if path.name.startswith("mine.db"):
+                raise Killed
+            unlink(path, **options)
+
+        monkeypatch.setattr(Path, "unlink", dies)
+        with pytest.raises(Killed):
+            wait_until_owner(client, mine, state_folder(mine), Lease(client), stop=threading.Event(), poll_s=0.02)
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert (tmp_path / "mine.db-wal").exists()
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=lambda: wait_until_owner(client, mine, state_folder(mine), Lease(client), stop=stop, poll_s=0.02, interval_s=0.05)
+        )
+        thread.start()
+        until(lambda: (tmp_path / "mine.db-txid").exists() or not thread.is_alive())
+        stop.set()
+        thread.join(20)
+        assert rows(mine) == rows(theirs)
+
+
 def test_a_standby_that_is_stopped_leaves_a_copy_to_continue(tmp_path):
     client, primary, standby = MemoryClient(), tmp_path / "a.db", tmp_path / "b.db"
     connection = connect(primary)

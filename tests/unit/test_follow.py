@@ -236,6 +236,22 @@ def test_compacted_files_bridge_a_gap(tmp_path: Path, history: History) -> None:
     assert is_at(tmp_path / "copy.db", history, 20)
 
 
+def test_a_late_file_of_a_former_owner_in_a_slot_that_was_free_again_is_not_applied(tmp_path: Path, history: History) -> None:
+    client = started(history, tmp_path)
+    history.put(client, 1, 4, 9)  # the raw ones were merged and are gone
+    history.put(client, 0, 10, 10)
+    prune(client, 0, 9)
+    stray = encode_file(
+        Header(history.sizes[5], history.commit(5), TXID(6), TXID(6), 0),
+        [(pgno, bytes(history.sizes[5])) for pgno in range(1, history.commit(5) + 1)],
+    )
+    client.put(0, TXID(6), TXID(6), stray, timestamp_ms=0)
+    with Session(client, tmp_path) as follower:
+        follower.tick(NEVER)
+        assert follower.txid == 10
+    assert is_at(tmp_path / "copy.db", history, 10)
+
+
 def test_a_full_image_is_applied_in_place_when_nothing_else_leads_on(tmp_path: Path, history: History) -> None:
     client = started(history, tmp_path)
     prune(client, 0, 99)
