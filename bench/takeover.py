@@ -80,7 +80,8 @@ class Node:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self.process.stdout as lines:
+        assert self.process.stdin is not None
+        with self.process.stdin, self.process.stdout as lines:
             for line in lines:
                 self.lines.put((time.monotonic(), line.split()))
         self.lines.put((time.monotonic(), ["end"]))
@@ -106,8 +107,6 @@ class Node:
         """Wait for the end; returns when the last row was acknowledged, and those since it was last listened to."""
         began = time.monotonic()
         self.process.wait(START_S)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
         rows: list[str] = []
         while True:
             when, said = self.next()

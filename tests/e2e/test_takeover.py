@@ -528,7 +528,7 @@ def test_a_standby_that_was_killed_while_it_left_its_own_database_follows_when_i
         unlink = Path.unlink
 
         def dies(path, **options):
-            if path.name.startswith("mine.db"):
+            if path.name == "mine.db-wal":
                 raise Killed
             unlink(path, **options)
 
