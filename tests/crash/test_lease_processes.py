@@ -19,6 +19,13 @@ def test_a_standby_takes_over_from_a_killed_primary_and_by_hand_over(tmp_path):
     assert [len(seconds) for seconds in times.values()] == [1, 1, 1]
 
 
+@pytest.mark.scheduled
+@pytest.mark.timeout(3600)
+def test_a_pair_whose_primary_is_killed_a_hundred_times_loses_nothing_acknowledged(tmp_path):
+    times = run(f"file://{tmp_path}/replica", tmp_path, kills=100, handovers=10, requests=10, ttl_s=1.0, tell=False)
+    assert [len(seconds) for seconds in times.values()] == [100, 10, 10]
+
+
 class Writers:
     """Three nodes, and what they have acknowledged."""
 

@@ -30,6 +30,18 @@ def test_nothing_breaks_the_protocol(seed):
     assert min(report.crashes, report.pauses, report.lost_messages, report.late_messages, report.merged) > 0
 
 
+@pytest.mark.fault("F44", "F46")
+@pytest.mark.scheduled
+@pytest.mark.timeout(3600)
+def test_nothing_breaks_the_protocol_in_a_million_events():
+    steps, requests = 0, 0
+    for seed in range(1000, 1020):
+        report = simulate(seed, 50_000)
+        steps, requests = steps + report.steps, requests + report.requests
+    assert steps >= 1_000_000
+    assert requests > 100
+
+
 def test_a_seed_repeats_its_run():
     assert simulate(42, 4_000) == simulate(42, 4_000)
 
