@@ -42,7 +42,7 @@ from replicator.replica import Replica
 from replicator.scan import all_pages, differing_pages
 from replicator.snapshot import Snapshot
 from replicator.tail import NO_WAL, Continue, Resynchronise, WALPosition
-from replicator.takeover import Overtaken, Tenant, has_pages, newest_raw, restore_newest, salvage, until_claimed
+from replicator.takeover import Overtaken, Tenant, has_pages, newest_raw, reassure, restore_newest, salvage, until_claimed
 from replicator.walreader import Changes, WALFile
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Engine:
         self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit)
         self._scratch.clear()
         entries = self._join()
-        return entries if self._tenant is None else self._claim(entries)
+        return entries if self._tenant is None else self._claim(self._tenant, entries)
 
     def _move_in(self, tenant: Tenant) -> None:
         """Take the lease, and make sure that the database is not behind the replica. Nothing is connected yet."""
@@ -169,7 +169,7 @@ class Engine:
         foreign = tenant.foreign(home.client, self._folder)
         if not self.path.exists():
             if tenant.takeover and newest_raw(home.client) is not None:
-                restore_newest(home.client, self.path, self._folder)
+                tenant.looked_at = restore_newest(home.client, self.path, self._folder)
             return
         if foreign is None:
             return
@@ -184,9 +184,9 @@ class Engine:
             kept = f"; what only this machine had is in {tenant.salvaged}" if tenant.salvaged is not None else ""
             why = f"{foreign.who} stored TXID {foreign.info.max_txid:016x} since{kept}"
             raise Fenced(home.url, foreign.info.max_txid, why=why, hint="start with takeover to restore that state and go on from there")
-        restore_newest(home.client, self.path, self._folder)
+        tenant.looked_at = restore_newest(home.client, self.path, self._folder)
 
-    def _claim(self, staged: list[Entry]) -> list[Entry]:
+    def _claim(self, tenant: Tenant, staged: list[Entry]) -> list[Entry]:
         """Append the next TXID to the first replica. Where that holds nothing yet, its first file will be the claim."""
         home = self.replicas[0]
         if not home.online:
@@ -195,8 +195,10 @@ class Engine:
             return staged
         try:
             self._bring_home(home, staged)
-            if self._tenant is not None and self._tenant.has_claimed:
+            if tenant.has_claimed:
                 return staged
+            if tenant.follows_another:
+                reassure(tenant.lease)
             entry = self.advance() or self._first_page()
             home.store(entry.files, entry.txid)
         except Fenced as error:
@@ -204,6 +206,15 @@ class Engine:
         self.settled(entry)
         log.info("claimed db=%s replica=%s txid=%016x", self.path, home.url, entry.txid)
         return [*staged, entry]
+
+    def _check_look(self) -> None:
+        """Make sure that nothing has come since the look at the first replica: it is not in the database, and must not get into the page table as if it
+        were. Going on from there would undo it."""
+        home = self.replicas[0]
+        if self._tenant is not None and home.listed:
+            newest = max((info.max_txid for info in home.listing().get(0, ())), default=TXID(0))
+            if newest != self._tenant.looked_at:
+                raise Overtaken(Fenced(home.url, newest, why=f"TXID {newest:016x} was stored by another writer at this moment"))
 
     def _bring_home(self, home: Replica, staged: Sequence[Entry]) -> None:
         """Store on the first replica what comes before the claim: staged entries of ours, or what another replica has."""
@@ -238,6 +249,7 @@ class Engine:
             known=self._known,
             page_size=self._database.page_size,
             force_snapshot=self._force_snapshot,
+            listed=self._check_look,
         )
         self._table, self._lineage = joined.table, joined.lineage
         self._salvage_litestream()

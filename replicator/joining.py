@@ -20,7 +20,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +82,20 @@ class Joined:
     lineage: bytes
 
 
-def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: Known, page_size: int, force_snapshot: bool) -> Joined:
+def join(
+    replicas: Sequence[Replica],
+    *,
+    folder: Path,
+    staging: Staging,
+    known: Known,
+    page_size: int,
+    force_snapshot: bool,
+    listed: Callable[[], None] = lambda: None,
+) -> Joined:
     """Open the replicas and the page table in `folder`, and make sure that they tell one history.
+
+    Args:
+        listed: called when the replicas are listed, and the table is as it was; what it raises ends this.
 
     Raises:
         LineageMismatch, ReplicaEmptied, ReplicaBroken, Diverged: they do not.
@@ -92,6 +104,7 @@ def join(replicas: Sequence[Replica], *, folder: Path, staging: Staging, known: 
     table = PageTable.open(folder / "pages")
     try:
         recorded = _open_all(replicas, table, known, allow_gap=force_snapshot)
+        listed()
         online = [replica for replica in replicas if replica.online]
         empty = len(online) == len(replicas) and all(replica.txid == 0 for replica in replicas)
         fresh = empty and (force_snapshot or not any(item.url in known for item in replicas))

@@ -10,7 +10,9 @@ The steps, each of which may be cut short and begun again:
 3. **Salvage.** What was committed here and never stored is written to `<db>-salvage-<first TXID>-<last>-<checksum>.ltx` beside the database: all pages that
    differ from the newest state that is known to be stored. It is never merged into what the other owner wrote; a person decides.
 4. **Restore** the newest state over the database, and write a page table of it, so that nothing is downloaded twice.
-5. **Claim**: append the next TXID. Where nothing differs, that is page 1 as it is. From then on every late write of the old owner finds its slot taken.
+5. **Reassure**: where another owner wrote what is to be continued, renew the lease, whatever the clock says: an owner that has taken it meanwhile, and whose claim was
+   among what was just seen, is found now. One that takes it later finds our claim, or is faster than it.
+6. **Claim**: append the next TXID. Where nothing differs, that is page 1 as it is. From then on every late write of the old owner finds its slot taken.
    If one of them was faster than the claim, begin again at 2.
 """
 
@@ -45,7 +47,18 @@ from replicator.restorer import restore_database
 from replicator.storage.base import ReplicaClient
 from replicator.tail import NO_WAL
 
-__all__ = ["Foreign", "Overtaken", "Tenant", "has_pages", "newest_raw", "restore_newest", "salvage", "seed_table", "until_claimed"]
+__all__ = [
+    "Foreign",
+    "Overtaken",
+    "Tenant",
+    "has_pages",
+    "newest_raw",
+    "reassure",
+    "restore_newest",
+    "salvage",
+    "seed_table",
+    "until_claimed",
+]
 
 KEPT_WRITERS = 64
 CLAIM_TRIES = 8
@@ -66,7 +79,7 @@ class Overtaken(Exception):
 
 
 def until_claimed(attempt: Callable[[], T], undo: Callable[[], None]) -> T:
-    """Carry out an attempt to become the owner, steps 1 to 5. When somebody was faster than the claim the lease is still ours: look again.
+    """Carry out an attempt to become the owner, steps 1 to 6. When somebody was faster than the claim the lease is still ours: look again.
 
     Raises:
         Fenced: somebody was faster each time.
@@ -80,6 +93,11 @@ def until_claimed(attempt: Callable[[], T], undo: Callable[[], None]) -> T:
             if not left:
                 raise overtaken.error from None
     raise AssertionError("unreachable")
+
+
+def reassure(lease: Lease) -> None:
+    """Make sure, after a look at the replica, that nobody has taken the lease before it. Raises what `Lease.renew` raises."""
+    lease.renew()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,10 @@ class Tenant:
         """Where what only this machine had was written, when that was found to be necessary."""
         self.has_claimed = False
         """The newest raw file was written under the very term that is in force: no other claim can have followed."""
+        self.follows_another = False
+        """The newest raw file was written under a lease, and by somebody else."""
+        self.looked_at = TXID(0)
+        """The newest raw file that the local state leads to."""
         self._token = 0
         self._numbers: list[int] = []
         self._instances: dict[str, Mapping[str, object]] = {}  # where their anchors are; nothing for leases of this database alone
@@ -160,12 +182,14 @@ class Tenant:
         Raises:
             StorageError: the replica cannot be read.
         """
-        self.has_claimed = False
+        self.has_claimed = self.follows_another = False
+        self.looked_at = TXID(0)
         found = newest_raw(client)
         if found is None:
             return None
         info, header = found
         token = token_of(header.node_id)
+        self.looked_at, self.follows_another = info.max_txid, bool(token) and header.node_id not in self._numbers
         if header.node_id in self._numbers or (not token and not self.takeover):
             self.has_claimed = bool(token) and token == self._token
             return None

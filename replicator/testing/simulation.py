@@ -46,7 +46,7 @@ from replicator.outbox import OutFile
 from replicator.replica import Replica
 from replicator.storage.base import FROM_START, Body, ControlObject, ReadStream
 from replicator.storage.memory import MemoryClient
-from replicator.takeover import Overtaken, until_claimed
+from replicator.takeover import Overtaken, reassure, until_claimed
 from replicator.testing.scheduler import Scheduler, Task
 
 __all__ = ["Report", "Simulation", "Violation", "main", "simulate"]
@@ -430,10 +430,15 @@ class Process:
             try:
                 recorded = replica.open()
                 replica.join(LINEAGE, recorded, known_txid=0)
+                self._reassure(lease)
                 break
             except StorageUnavailable:
                 self._sleep(task, POLL_S)
         return replica, self._append_claim(task, lease, replica)
+
+    def _reassure(self, lease: Lease) -> None:
+        """What comes between the look at the replica and the claim."""
+        reassure(lease)
 
     def _append_claim(self, task: Task, lease: Lease, replica: Replica) -> TXID:
         try:

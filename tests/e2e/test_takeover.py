@@ -186,15 +186,25 @@ def test_takeover_goes_on_after_a_kill_of_its_own_before_it_had_a_lease(tmp_path
 
 
 @pytest.mark.fault("F47")
-def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_path):
+@pytest.mark.parametrize("moment", ["after the restore", "at the claim"])
+def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_path, moment):
     """The lease is ours, and between the look at the replica and the claim a file arrives that the old owner sent before."""
     late: list[bytes] = []
 
     class Late(MemoryClient):
         def put(self, level, low, high, body, **options):
             if late and level == 0:
-                super().put(0, low, high, late.pop(), timestamp_ms=0)
+                self.arrive()
             return super().put(level, low, high, body, **options)
+
+        def get_control(self, name):
+            if late and "lineage" in name and moment == "after the restore":
+                self.arrive()
+            return super().get_control(name)
+
+        def arrive(self):
+            data = late.pop()
+            super().put(0, decode_header(data).min_txid, decode_header(data).max_txid, data, timestamp_ms=0)
 
     client, theirs, mine = Late(), tmp_path / "old.db", tmp_path / "new.db"
     old = connect(theirs)
@@ -222,6 +232,22 @@ def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_pa
         assert rows(mine) == rows(other)
         assert replicator.status().txid == newest.max_txid + 1
         assert rows(restored(client, tmp_path)) == rows(other)
+
+
+def test_a_new_owner_that_another_one_has_replaced_before_its_claim_does_not_claim(tmp_path):
+    """Its clock says that the lease is its own; the claim of the other is among what it finds in the replica."""
+    client, mine, theirs = MemoryClient(), tmp_path / "mine.db", tmp_path / "theirs.db"
+    insert(connect(theirs), 5)
+    lease = Lease(client, ttl_s=3600, owner="mine", background=False)
+    lease.acquire()
+    release_lock(client, force=True)
+    with Replicator(theirs, client, lease=TERMS, history=None) as other:
+        other.wait(timeout_s=20)
+        before = [info.max_txid for info in client.list(0)]
+        assert lease.status().state == "held"
+        with pytest.raises(LeaseLost):
+            Replicator(mine, client, lease=lease, takeover=True, history=None).start()
+        assert [info.max_txid for info in client.list(0)] == before
 
 
 def test_the_first_replica_decides_and_the_others_only_get_what_it_has(tmp_path):

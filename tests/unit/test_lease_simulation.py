@@ -1,4 +1,4 @@
-"""The protocol of leases, claims and appends, simulated: it holds, and each of six mutants of it is caught."""
+"""The protocol of leases, claims and appends, simulated: it holds, and each of seven mutants of it is caught."""
 
 from __future__ import annotations
 
@@ -109,6 +109,13 @@ def acknowledge_before_it_is_stored() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def claim_without_another_look_at_the_lease() -> Iterator[None]:
+    """What the clock says is enough, although the replica was read since."""
+    with patch.object(Process, "_reassure", lambda self, lease: None):
+        yield
+
+
 # What each one breaks, and a seed that notices it soon. (The others are tried, too: a change of the protocol changes all runs.)
 MUTANTS = {
     skip_the_claim: (64, ("exclusive", "complete")),
@@ -116,6 +123,7 @@ MUTANTS = {
     retry_blindly_after_a_timeout: (64, ("one writer", "nothing lost")),
     no_reread_after_sleep: (72, ("one writer", "nothing lost", "exclusive")),
     lease_without_append: (64, ("one writer", "nothing lost")),
+    claim_without_another_look_at_the_lease: (238, ("exclusive",)),
     acknowledge_before_it_is_stored: (58, ("nothing lost", "one writer")),
 }
 
