@@ -378,15 +378,18 @@ class Database:
             )
             return dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True)) if found else {}
 
-    def pages(self, first: int, count: int, overlay: dict[int, int], salts: tuple[int, int]) -> bytearray:
+    def pages(self, first: int, count: int, overlay: dict[int, int], salts: tuple[int, int]) -> bytes | bytearray:
         """Return `count` pages from `first` on, of the state that `overlay` belongs to; the lock page reads as zeros.
 
         A WAL that was restarted meanwhile had been copied completely, so that the file has what the overlay had.
         """
-        size = self.page_size
-        data = bytearray(count * size)
-        os.preadv(self._file, [data], (first - 1) * size)  # what is not there yet stays zero
+        size, lock = self.page_size, lock_pgno(self.page_size)
+        stored = os.pread(self._file, count * size, (first - 1) * size)
         inside = [pgno for pgno in range(first, first + count) if pgno in overlay] if overlay else []
+        if not inside and len(stored) == count * size and not first <= lock < first + count:
+            return stored
+        data = bytearray(stored)
+        data.extend(bytes(count * size - len(data)))
         if inside:
             images: list[tuple[int, bytes]] = []
             with self.wal() as wal, contextlib.suppress(FormatError):
@@ -400,13 +403,12 @@ class Database:
             for pgno, image in images:
                 at = (pgno - first) * size
                 data[at : at + size] = image
-        lock = lock_pgno(size)
         if first <= lock < first + count:
             at = (lock - first) * size
             data[at : at + size] = bytes(size)
         return data
 
-    def chunks(self, image: Image) -> Iterator[tuple[int, bytearray]]:
+    def chunks(self, image: Image) -> Iterator[tuple[int, bytes | bytearray]]:
         """Yield (first page number, bytes) of all pages of an image, in order, about a mebibyte at a time."""
         step = max(1, IMAGE_CHUNK_BYTES // self.page_size)
         for first in range(1, image.commit + 1, step):
