@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -26,9 +27,11 @@ from replicator.levels import History
 from replicator.outbox import Entry, OutFile
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
+from replicator.storage import open_client
 from replicator.storage.file import FileClient
 from replicator.testing import FailNth, How, Kind, each_failure
 from tests.e2e.databases import checkpointed_bytes, connect, drain, engine_for, restored, rows
+from tests.servers import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MEANT = (ReplicatorError, OSError, sqlite3.Error)
@@ -63,7 +66,7 @@ class World:
     def sync(self) -> Engine:
         """What the engine's thread and the uploader do: after an error the same entries come again."""
         if self.engine is None:
-            self.engine = engine_for(self.database, self.replica)
+            self.engine = engine_for(self.database, self.replica, clock=lambda: time.time())  # not the function of now, which is replaced
         engine, replica = self.engine, self.engine.replicas[0]
         if not self.is_open:
             self.waiting, self.is_open = engine.open(), True
@@ -213,8 +216,8 @@ def test_snapshot(worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch)
     assert failure.steps > (20 if how is not How.SHORT else 0)
 
 
-def aged(world: World, *, now: float) -> Keeper:
-    """A keeper of the world's replica, at some time."""
+def aged(world: World, *, now: float | None) -> Keeper:
+    """A keeper of the world's replica, at some time; by the system's clocks when None."""
     history = History((1.0,), l0_retention_s=10.0, l0_retention_check_interval_s=1.0, snapshot_interval_s=20.0, snapshot_retention_s=30.0)
     replica = Replica(world.replica, writer=7)
     lineage = replica.open()
@@ -231,8 +234,9 @@ def aged(world: World, *, now: float) -> Keeper:
             out.discard()
 
     return Keeper(
-        replica, history, scratch=engine.scratch, recent=RecentFiles(), take_snapshot=image, clock=lambda: now, monotonic=lambda: now
-    )
+        replica, history, scratch=engine.scratch, recent=RecentFiles(), take_snapshot=image,
+        clock=lambda: time.time() if now is None else now, monotonic=lambda: time.monotonic() if now is None else now,
+    )  # fmt: skip
 
 
 @pytest.mark.fault("F1", "F3", "F34")
@@ -370,3 +374,73 @@ def test_loading_the_configuration(tmp_path: Path, ever: bool) -> None:
         assert (found is None) <= bool(failure.failed), failure
         assert failure.leaks() == [], failure
     assert failure.steps >= 2
+
+
+@pytest.mark.fault("F9", "F24")
+@pytest.mark.parametrize("ever", [False, True], ids=["once", "for good"])
+def test_no_more_threads(worlds, ever: bool) -> None:
+    """Starting is refused, and everything is let go again; or it works with fewer threads."""
+    before = set(threading.enumerate())
+    for failure in each_failure(kinds={Kind.THREADS}, ever=ever):
+        with worlds() as world:
+            one = replicator.Replicator(world.database, world.replica)
+            with failure:
+                try:
+                    one.start()
+                except OSError as error:
+                    assert "cannot start a thread" in str(error), failure
+                else:
+                    one.wait(timeout_s=60)
+                    one.close()
+            assert [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("pyrepl a.db")] == [], failure
+            with replicator.Replicator(world.database, FileClient(world.folder / "replica")) as two:
+                two.wait(timeout_s=60)
+            assert rows(restored(world.replica, world.folder)) == rows(world.database), failure
+            world.end()
+            assert [name for name in failure.leaks() if str(world.folder) in name] == [], failure
+    assert failure.steps >= 3
+
+
+@pytest.mark.fault("F27")
+@pytest.mark.parametrize("jump_s", [-86400.0, 86400.0], ids=["back", "forward"])
+@pytest.mark.parametrize("ever", [False, True], ids=["once", "from then on"])
+def test_a_clock_that_jumps(worlds, ever: bool, jump_s: float) -> None:
+    """Whichever reading of it is wrong: what was stored stays restorable, and history is kept again."""
+    for failure in each_failure(kinds={Kind.CLOCK}, ever=ever, jump_s=jump_s):
+        with worlds() as world:
+            with failure:
+                world.sync()
+                keeper = aged(world, now=None)
+                for _ in range(3):
+                    world.commit(1)
+                    world.sync()
+                    keeper.step()
+            assert rows(restored(world.replica, world.folder)) == rows(world.database), failure
+            check(world, failure)
+    assert failure.steps > 10
+
+
+@pytest.mark.fault("F29", "F33")
+@pytest.mark.parametrize("how", [How.REFUSED, How.UNKNOWN])
+def test_upload_and_restore_over_the_network(worlds, how: How, moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("botocore.retries.standard.RetryHandler._sleep", lambda *_: None, raising=False)
+    for failure in each_failure(kinds={Kind.NETWORK}, how=how):
+        with worlds() as world:
+            url = moto.url(f"steps-{how}-{failure.n}")
+            client = open_client(url)
+            engine = engine_for(world.database, client)
+            with failure, contextlib.suppress(*MEANT):
+                for entry in engine.open():
+                    engine.replicas[0].store(entry.files, entry.txid)
+                drain(engine)
+                restored(client, world.folder)
+            engine.close()
+            client.close()
+            again = open_client(url)
+            engine = engine_for(world.database, again)
+            engine.open()
+            drain(engine)
+            assert rows(restored(again, world.folder)) == rows(world.database), failure
+            engine.close()
+            again.close()
+    assert failure.steps > 10
