@@ -210,7 +210,7 @@ def _publish(temporary: Path, output: Path, force: bool) -> None:
 
 def _put_back(temporary: Path, output: Path) -> None:
     """Give the database that was not replaced its side files again: the newest of it may be in its WAL."""
-    if output.exists() and output.samefile(temporary):
+    if not output.exists() or output.samefile(temporary):
         return
     for suffix in SIDE_FILES:
         side = output.with_name(output.name + suffix)

@@ -14,7 +14,7 @@ The last round is the one in which nothing failed any more, so that `act` must h
 |---|---|---|
 | `FILES` | `open`, those of `os` that read, write, name, sync, list, or ask about files, `flock`, `mmap.mmap` | EIO; ENOSPC where it needs room, EMFILE where a descriptor |
 | `SQLITE` | `sqlite3.connect`, `Connection.execute` | `sqlite3.OperationalError`: disk I/O error, unable to open |
-| `NETWORK` | connecting, sending and receiving with sockets, looking up names | `ConnectionResetError`, `socket.gaierror` |
+| `NETWORK` | connecting, sending and receiving with sockets, looking up names | `ConnectionResetError`, and the connection is at its end; `socket.gaierror` |
 | `THREADS` | `threading.Thread.start` | `RuntimeError`, as where the system has no more of them |
 | `PROCESSES` | `subprocess.Popen` | `BlockingIOError` |
 | `CLOCK` | `time.time`, `time.time_ns` | no error: the wall clock is wrong by `jump_s` |
@@ -31,6 +31,7 @@ While no failure is being made nothing is replaced: the code under test pays not
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import fcntl
 import io
@@ -73,16 +74,16 @@ class How(StrEnum):
 
 
 # Where calls live, and with what they fail. Those that make a descriptor are never done before they fail: nobody could close it.
-_ROOM = ("write", "pwrite", "ftruncate", "truncate", "posix_fallocate", "copy_file_range", "sendfile", "rename", "replace", "link", "mkdir")
+_WRITES = ("write", "pwrite", "pwritev")
+_ROOM = ("ftruncate", "truncate", "posix_fallocate", "copy_file_range", "sendfile", "rename", "replace", "link", "mkdir")
 _PLAIN = (
     "read", "pread", "fsync", "fdatasync", "unlink", "remove", "rmdir", "utime", "chmod", "fchmod", "chown", "fchown",
     "stat", "lstat", "fstat", "statvfs", "listdir", "close",
 )  # fmt: skip
 _MAKING = ("open", "scandir")
-_WRITES = ("write", "pwrite")
 _SOCKET = ("connect", "send", "sendall", "recv", "recv_into")
 
-_real_open, _Popen_init = builtins.open, subprocess.Popen.__init__
+_real_open = builtins.open
 
 
 class FailNth:
@@ -135,7 +136,10 @@ class FailNth:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
         for place, name, real in reversed(self._replaced):
-            setattr(place, name, real)
+            if real is None:  # it was inherited
+                delattr(place, name)
+            else:
+                setattr(place, name, real)
         self._replaced.clear()
         FailNth._active = None
 
@@ -153,7 +157,7 @@ class FailNth:
             number, self.steps = self.steps, self.steps + 1
             if number != self.n and not (self.ever and number > self.n):
                 return False
-            self.failed.append(f"{what} {subject if isinstance(subject, str | bytes | int | os.PathLike) else ''}".strip())
+            self.failed.append(f"{what} {_words(subject)}".strip())
             return True
 
     def _is_ours(self) -> bool:
@@ -171,7 +175,7 @@ class FailNth:
         return found
 
     def _replace(self, place: Any, name: str, new: Any) -> None:
-        self._replaced.append((place, name, getattr(place, name)))
+        self._replaced.append((place, name, vars(place).get(name)))
         setattr(place, name, new)
 
     def _counted(self, place: Any, name: str, error: Callable[[], BaseException], *, does: bool = True) -> None:
@@ -196,7 +200,7 @@ class FailNth:
             self._replace(os, name, self._writing(name, getattr(os, name)))
         if self.how is How.SHORT:
             return
-        for name in _ROOM[len(_WRITES) :]:
+        for name in _ROOM:
             self._counted(os, name, lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         for name in _PLAIN:
             self._counted(os, name, lambda: OSError(errno.EIO, os.strerror(errno.EIO)))
@@ -218,12 +222,13 @@ class FailNth:
 
     def _writing(self, name: str, real: Callable[..., int]) -> Callable[..., int]:
         def call(file: int, data: Any, *rest: Any) -> int:
-            view = memoryview(data).cast("B")
+            view = memoryview(b"".join(data) if name == "pwritev" else data).cast("B")
             if (self.how is How.SHORT and len(view) < 2) or not self._fails(f"os.{name}", file):
                 return real(file, data, *rest)
             if self.how is How.REFUSED:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            half = real(file, view[: len(view) // 2], *rest)
+            part = view[: len(view) // 2]
+            half = real(file, [part] if name == "pwritev" else part, *rest)
             if self.how is How.SHORT:
                 return half
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -272,15 +277,28 @@ class FailNth:
                 raise sqlite3.OperationalError("unable to open database file")
             if failure._is_ours():
                 keywords.setdefault("factory", Connection)
-            return real(*arguments, **keywords)
+            found: sqlite3.Connection = real(*arguments, **keywords)
+            return found
 
         if self.how is not How.SHORT:
             self._replace(sqlite3, "connect", connect)
 
     def _replace_network(self) -> None:
         for name in _SOCKET:
-            self._counted(socket.socket, name, lambda: ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+            self._replace(socket.socket, name, self._talking(name, getattr(socket.socket, name)))
         self._counted(socket, "getaddrinfo", lambda: socket.gaierror(socket.EAI_AGAIN, "temporary failure in name resolution"))
+
+    def _talking(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(connection: socket.socket, *arguments: Any) -> Any:
+            if not self._fails(f"socket.{name}", ""):
+                return real(connection, *arguments)
+            if self.how is How.UNKNOWN:
+                real(connection, *arguments)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # a connection that failed is of no use any more
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+        return call
 
     def _replace_threads(self) -> None:
         self._counted(threading.Thread, "start", lambda: RuntimeError("can't start new thread"), does=False)
@@ -315,15 +333,15 @@ class _Raw(io.FileIO):
         self._step("read")
         return super().readinto(buffer)
 
-    def readall(self) -> bytes | None:
+    def readall(self) -> bytes:
         self._step("read")
         return super().readall()
 
-    def read(self, size: int | None = -1, /) -> bytes | None:
+    def read(self, size: int | None = -1, /) -> bytes:
         self._step("read")
         return super().read(-1 if size is None else size)
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         if self._failure is FailNth._active and self._failure._fails("write", str(self.name)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data)
@@ -355,6 +373,12 @@ def each_failure(
         if not failure.failed:
             return
     raise RuntimeError(f"no end after {limit} steps")
+
+
+def _words(subject: object) -> str:
+    if isinstance(subject, bytes | os.PathLike):
+        return os.fsdecode(subject)
+    return str(subject) if isinstance(subject, str | int) else ""
 
 
 def _may_be_written(file: int) -> bool:
