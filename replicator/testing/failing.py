@@ -196,7 +196,7 @@ class FailNth:
     # -- kinds -------------------------------------------------------------------------------------------------------------------
 
     def _replace_files(self) -> None:
-        for name in _WRITES:
+        for name in filter(os.__dict__.__contains__, _WRITES):
             self._replace(os, name, self._writing(name, getattr(os, name)))
         if self.how is How.SHORT:
             return
