@@ -83,7 +83,7 @@ MUTANTS = [
     ),
     Mutant("an old WAL stays beside the restored file", "publish.py", "                side.rename(temporary.with_name(temporary.name + suffix))\n", "                side.exists()\n", V3RESTORE),
     Mutant("the schema of a restored database is trusted", "publish.py", "PRAGMA trusted_schema=OFF", "PRAGMA trusted_schema=ON", "tests/unit/test_security.py"),
-    Mutant("pages behind the end of a shrunk database are written", "chain.py", "if pgno <= limit and wanted[pgno - low]:", "if pgno > limit or wanted[pgno - low]:", RESTORE),
+    Mutant("pages behind the end of a shrunk database are written", "chain.py", "if pgno <= limit and owners[pgno] == mine:", "if pgno > limit or owners[pgno] == mine:", RESTORE),
     Mutant(
         "growth pages are forgotten", "engine.py", "        if not len(grown) or len(grown) == int((changes.pgnos > self._commit).sum()):\n", "        if True:\n",
         "tests/e2e/test_attach_and_checkpoint.py tests/e2e/test_library.py",
