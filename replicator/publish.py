@@ -90,14 +90,11 @@ def _attempt(
 def _temporary_file(output: Path) -> Iterator[tuple[Path, int]]:
     """Yield path and descriptor of the file to restore into. It loses this name at the end."""
     path, file = _create_temporary(output)
-    try:
+    with contextlib.ExitStack() as last:  # all of it, whichever fails; the file itself goes after what lies beside it
+        last.callback(os.close, file)
+        for suffix in ("", *SIDE_FILES):
+            last.callback(path.with_name(path.name + suffix).unlink, missing_ok=True)
         yield path, file
-    finally:
-        try:
-            for suffix in (*SIDE_FILES, ""):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-        finally:
-            os.close(file)
 
 
 def _create_temporary(output: Path) -> tuple[Path, int]:

@@ -68,7 +68,7 @@ def test_the_example_in_which_every_step_fails_runs(tmp_path: Path) -> None:
     names["test_every_step"](tmp_path / "out")
     outputs = [path.name for path in (tmp_path / "out").iterdir()]
     assert len([name for name in outputs if name.endswith(".db")]) >= 2
-    assert not [name for name in outputs if name.endswith(".restore")]
+    assert len([name for name in outputs if name.endswith(".restore")]) <= 1  # that which could not be deleted
 
 
 def replicate_once(database: Path, url: str) -> None:
