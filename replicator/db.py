@@ -503,6 +503,14 @@ class Database:
             self._release_writers()
 
 
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """True for versions of SQLite in which checkpoints of several connections, one right after the other, can damage a database.
+
+    A checkpoint of ours alone cannot: nobody writes meanwhile. Source: sqlite.org, "Write-Ahead Logging", the WAL-reset bug.
+    """
+    return (3, 7, 0) <= version < (3, 51, 3)
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         found = os.stat(path)

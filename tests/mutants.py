@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant("a condition that was lost against ourselves is a refusal", "storage/s3.py", 'if about.get("RetryAttempts", 0):', "if about is None:", S3),
     Mutant("another range than asked is taken", "storage/s3.py", "if first != offset or last - first + 1 != length:", "if first < 0:", S3),
     Mutant("a damaged page table is trusted", "pagetable.py", "return self._xor(self.state.commit) == self.state.xor", "return True", f"{POWER} {TABLE}"),
-    Mutant("entries behind the end stay", "pagetable.py", "            entries[commit:old_commit] = 0\n", "            pass\n", TABLE),
+    Mutant("entries behind the end come back", "pagetable.py", "        if commit > old.commit:  # a crash", "        if commit < 0:  # a crash", TABLE),
 ]  # fmt: skip
 
 
