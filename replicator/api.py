@@ -303,16 +303,29 @@ class Replicator:
             self._forget_lease.append(self._lease.on_loss(board.fail))
             if self._on_handover is not None:
                 self._forget_lease.append(self._lease.on_request(self._on_handover))
+        try:
+            self._start_threads()
+        except BaseException:
+            board.end()
+            for thread in self._threads:
+                thread.join(REST_TIMEOUT_S)
+            self._threads, self._closed = [], True
+            self._engine.close()
+            self._give_lease_back(is_stored=True)
+            board.state = "stopped"
+            raise
+        return self
+
+    def _start_threads(self) -> None:
         name = self._path.name
         self._threads.append(start_thread(f"pyrepl {name}", self._loop.run))
         for replica, history in zip(self._replicas, self._histories, strict=True):
-            uploader = self._writing.uploader(replica, self._engine, board, self._recent, self._images)
+            uploader = self._writing.uploader(replica, self._engine, self._board, self._recent, self._images)
             self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind}", uploader.run))
             if history is not None:
                 self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind} history", self._keeping(replica, history)))
         if self._drills is not None:
             self._threads.append(start_thread(f"pyrepl {name} drills", self._drills.run))
-        return self
 
     def adopt(self, txid: int) -> None:
         """Take note, before `start`, that the database is exactly the first replica's state of a TXID: it was restored to it, or followed it, and

@@ -88,8 +88,10 @@ class AtomicFile:
             self._close()
 
     def _close(self) -> None:
-        os.close(self._file)
-        os.close(self._directory)
+        try:
+            os.close(self._file)
+        finally:
+            os.close(self._directory)
 
     def _publish(self) -> None:
         try:
@@ -251,7 +253,15 @@ def _create_temporary(directory: int, mode: int) -> tuple[int, str]:
             continue
         except OSError:
             pass  # no locks on this file system: sweepers cannot lock either, and leave it alone
-        if os.fstat(file).st_nlink:
+        try:
+            named = os.fstat(file).st_nlink
+        except BaseException:
+            try:
+                _unlink_missing_ok(name, directory)
+            finally:
+                os.close(file)
+            raise
+        if named:
             return file, name
         os.close(file)
     raise FileExistsError(errno.EEXIST, "cannot create a temporary file")

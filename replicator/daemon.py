@@ -37,6 +37,7 @@ from replicator.errors import ConfigError, ReplicatorError
 from replicator.fleet import Directories, Make
 from replicator.leases import Leases
 from replicator.memory import few_heaps
+from replicator.process import environment_of_others
 from replicator.signalpipe import SignalPipe
 from replicator.storage import open_client, open_replica, redact
 from replicator.storage.measured import Operations, measured
@@ -242,7 +243,7 @@ class Child:
 
     def __init__(self, command: Sequence[str], on_end: Callable[[], None]) -> None:
         try:
-            self._process = subprocess.Popen(command)
+            self._process = subprocess.Popen(command, env=environment_of_others())
         except (OSError, ValueError) as error:
             reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
             raise ConfigError(f"cannot start exec command: {command[0]}: {reason}") from error

@@ -209,8 +209,12 @@ class Database:
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self._busy_timeout_s, check_same_thread=False)
-        connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        try:
+            connection.execute("PRAGMA wal_autocheckpoint=0")
+            connection.execute("PRAGMA synchronous=NORMAL")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _ensure_wal_mode(self) -> None:
@@ -378,15 +382,18 @@ class Database:
             )
             return dict(zip(found.pgnos.tolist(), found.offsets.tolist(), strict=True)) if found else {}
 
-    def pages(self, first: int, count: int, overlay: dict[int, int], salts: tuple[int, int]) -> bytearray:
+    def pages(self, first: int, count: int, overlay: dict[int, int], salts: tuple[int, int]) -> bytes | bytearray:
         """Return `count` pages from `first` on, of the state that `overlay` belongs to; the lock page reads as zeros.
 
         A WAL that was restarted meanwhile had been copied completely, so that the file has what the overlay had.
         """
-        size = self.page_size
-        data = bytearray(count * size)
-        os.preadv(self._file, [data], (first - 1) * size)  # what is not there yet stays zero
+        size, lock = self.page_size, lock_pgno(self.page_size)
+        stored = os.pread(self._file, count * size, (first - 1) * size)
         inside = [pgno for pgno in range(first, first + count) if pgno in overlay] if overlay else []
+        if not inside and len(stored) == count * size and not first <= lock < first + count:
+            return stored
+        data = bytearray(stored)
+        data.extend(bytes(count * size - len(data)))
         if inside:
             images: list[tuple[int, bytes]] = []
             with self.wal() as wal, contextlib.suppress(FormatError):
@@ -400,13 +407,12 @@ class Database:
             for pgno, image in images:
                 at = (pgno - first) * size
                 data[at : at + size] = image
-        lock = lock_pgno(size)
         if first <= lock < first + count:
             at = (lock - first) * size
             data[at : at + size] = bytes(size)
         return data
 
-    def chunks(self, image: Image) -> Iterator[tuple[int, bytearray]]:
+    def chunks(self, image: Image) -> Iterator[tuple[int, bytes | bytearray]]:
         """Yield (first page number, bytes) of all pages of an image, in order, about a mebibyte at a time."""
         step = max(1, IMAGE_CHUNK_BYTES // self.page_size)
         for first in range(1, image.commit + 1, step):
@@ -495,6 +501,14 @@ class Database:
             return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
         finally:
             self._release_writers()
+
+
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """True for versions of SQLite in which checkpoints of several connections, one right after the other, can damage a database.
+
+    A checkpoint of ours alone cannot: nobody writes meanwhile. Source: sqlite.org, "Write-Ahead Logging", the WAL-reset bug.
+    """
+    return (3, 7, 0) <= version < (3, 51, 3)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

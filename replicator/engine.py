@@ -19,6 +19,7 @@ import fcntl
 import itertools
 import logging
 import os
+import sqlite3
 import threading
 import time
 import weakref
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from replicator.atomic import sweep
 from replicator.checkpoint import CheckpointPolicy, is_due
-from replicator.db import Checkpoint, Database, Image
+from replicator.db import Checkpoint, Database, Image, has_wal_reset_bug
 from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaBroken, StorageUnavailable
 from replicator.filling import copy
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, Header
@@ -124,7 +125,7 @@ class Engine:
         self._snapshots: list[Snapshot] = []
         self._frames_since: float | None = None
         self._failures = 0
-        self._contended = False
+        self._contended = self._warned = False
         self._last_attempt = 0.0
         _engines.add(self)
 
@@ -679,6 +680,8 @@ class Engine:
             result = self._database.checkpoint(self._position, self._preserve, copy_first=not self._contended)
             self._take(result)
             self._contended = result.contended
+            if result.contended and result.moved:
+                self._warn_about_checkpoints_of_others()
             if result.lost:
                 return False
             if result.complete:
@@ -688,6 +691,16 @@ class Engine:
             elif not result.moved or result.contended:
                 self._failures += 1
             return result.complete
+
+    def _warn_about_checkpoints_of_others(self) -> None:
+        if self._warned or not has_wal_reset_bug(sqlite3.sqlite_version_info):
+            return
+        self._warned = True
+        log.warning(
+            "others checkpoint this database, too, and SQLite before 3.51.3 can damage a database then (WAL-reset bug); "
+            "use a later one, or PRAGMA wal_autocheckpoint=0 in the application db=%s sqlite=%s",
+            self.path, sqlite3.sqlite_version,
+        )  # fmt: skip
 
     def _take(self, result: Checkpoint) -> None:
         if result.lost:

@@ -136,11 +136,11 @@ def join(
         table = _bring_to(
             head, table, lineage, staged, folder=folder, staging=staging, page_size=page_size, all_online=len(online) == len(replicas)
         )
+        known.note(replicas, reset=force_snapshot)
     except BaseException:
         if table is not None:
             table.close()
         raise
-    known.note(replicas, reset=force_snapshot)
     return Joined(table, staged, lineage)
 
 

@@ -67,7 +67,11 @@ def peek(path: Path, size: int) -> bytes:
         if (file := _descriptors.get((found.st_dev, found.st_ino), -1)) >= 0:
             return os.pread(file, size, 0)
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # whatever it is, opening it must not wait
-        opened = os.fstat(file)
+        try:
+            opened = os.fstat(file)
+        except OSError:
+            _strays.append(file)
+            raise
         if (opened.st_dev, opened.st_ino) in _descriptors:
             _strays.append(file)
             return os.pread(file, size, 0)
@@ -97,7 +101,11 @@ def _open(path: Path) -> Identity:
     if key in _descriptors:
         return key
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    opened = os.fstat(file)
+    try:
+        opened = os.fstat(file)
+    except OSError:
+        _strays.append(file)  # which file it is nobody knows, so closing it might drop locks
+        raise
     # The file may have been replaced between the two calls; what was opened is what counts.
     key = (opened.st_dev, opened.st_ino)
     if _descriptors.setdefault(key, file) != file:

@@ -143,11 +143,17 @@ class Staging:
         return os.open(path, flags, 0o600), path
 
     def finish(self, file: int, path: Path) -> Path:
-        """Make the file durable under its final name."""
-        os.fsync(file)
-        os.close(file)
+        """Make the file durable under its final name. It is closed in any case, and gone when that fails before it has its name."""
         final = path.with_suffix("").with_suffix("")
-        os.replace(path, final)
+        try:
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(path, final)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
@@ -156,8 +162,10 @@ class Staging:
         return final
 
     def discard(self, file: int, path: Path) -> None:
-        os.close(file)
-        path.unlink(missing_ok=True)
+        try:
+            os.close(file)
+        finally:
+            path.unlink(missing_ok=True)
 
     def stage(self, entry: Entry) -> Entry:
         """Write the files of an entry that are in memory, so that it survives this process."""

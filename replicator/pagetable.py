@@ -10,7 +10,7 @@ File:
 |---|---|---|
 | 0 | 256 | header slot A |
 | 256 | 256 | header slot B |
-| 4096 | 8 * n | checksum of page 1, 2, ... n, little-endian; the lock page and pages beyond `commit` hold 0 |
+| 4096 | 8 * n | checksum of page 1, 2, ... n, little-endian; 0 for the lock page. Beyond `commit` anything may be left: it is cleared when the database grows |
 
 Header slot, little-endian: magic, sequence number, lineage, TXID, page size, commit, XOR of all entries, timestamp, the TXID and XOR that an
 update in progress leads to, WAL salts, offset and running checksum of the last synced frame, CRC-32 of the slot. The valid slot
@@ -151,7 +151,7 @@ class PageTable:
         """Finish an update that was cut short by applying its file again. True when the announced XOR comes out."""
         if txid != self.state.next_txid:
             return False
-        self._store(pgnos, checksums, commit, max(commit, self.state.commit))
+        self._store(pgnos, checksums, commit)
         if self._xor(commit) != self.state.next_xor:
             return False
         self.state = replace(self.state, txid=txid, commit=commit, xor=self.state.next_xor, timestamp_ms=timestamp_ms, position=NO_WAL)
@@ -175,7 +175,7 @@ class PageTable:
 
         Args:
             pgnos, checksums: the pages of the file, without the lock page, each at most once.
-            commit: database size in pages after it; entries beyond are cleared.
+            commit: database size in pages after it.
             position: end of the WAL frames that it covers.
         """
         old = self.state
@@ -185,7 +185,7 @@ class PageTable:
         xor = self.xor_after(pgnos, checksums, commit=commit)
         self.state = replace(old, next_txid=txid, next_xor=xor)
         self._write_slot()
-        self._store(pgnos, checksums, commit, old.commit)
+        self._store(pgnos, checksums, commit)
         self.state = TableState(old.lineage, txid, old.page_size, commit, xor, timestamp_ms, txid, xor, position)
         self._write_slot()
 
@@ -234,15 +234,13 @@ class PageTable:
         self._map.close()
         self._map = mmap.mmap(self._file, size)
 
-    def _store(self, pgnos: Pgnos, checksums: Checksums, commit: int, old_commit: int) -> None:
+    def _store(self, pgnos: Pgnos, checksums: Checksums, commit: int) -> None:
         import numpy as np
 
-        self._reserve(max(commit, old_commit))
+        self._reserve(commit)
         entries = np.frombuffer(self._map, dtype="<u8", offset=ENTRIES_AT).view()
         for start in range(0, len(pgnos), BATCH):
             entries[pgnos[start : start + BATCH].astype(np.int64) - 1] = checksums[start : start + BATCH]
-        if commit < old_commit:
-            entries[commit:old_commit] = 0
         del entries
 
     def _xor(self, commit: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import quote
 
+from replicator.atomic import sync_directory
 from replicator.errors import IntegrityCheckFailed, NonContiguous, ObjectNotFound, OutputExists
 from replicator.restores import Announcement, announce
 
@@ -51,9 +52,9 @@ def restore_into(
         OutputExists: a non-empty file, or a left-over `-wal` or `-journal`, stands there.
         IntegrityCheckFailed, and what `fill` raises.
     """
-    _refuse_existing(output, force)
     output.parent.mkdir(parents=True, exist_ok=True)
     _sweep(output)
+    _refuse_existing(output, force)
     with announce(restores_folder) as announcement:
         for attempt in range(REPLANS + 1):
             try:
@@ -89,14 +90,11 @@ def _attempt(
 def _temporary_file(output: Path) -> Iterator[tuple[Path, int]]:
     """Yield path and descriptor of the file to restore into. It loses this name at the end."""
     path, file = _create_temporary(output)
-    try:
+    with contextlib.ExitStack() as last:  # all of it, whichever fails; the file itself goes after what lies beside it
+        last.callback(os.close, file)
+        for suffix in ("", *SIDE_FILES):
+            last.callback(path.with_name(path.name + suffix).unlink, missing_ok=True)
         yield path, file
-    finally:
-        try:
-            for suffix in ("", *SIDE_FILES):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-        finally:
-            os.close(file)
 
 
 def _create_temporary(output: Path) -> tuple[Path, int]:
@@ -111,18 +109,32 @@ def _create_temporary(output: Path) -> tuple[Path, int]:
             continue
         except OSError:
             pass  # no locks on this file system: sweepers cannot lock either, and leave it alone
-        if os.fstat(file).st_nlink:
+        try:
+            named = os.fstat(file).st_nlink
+        except BaseException:
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(file)
+            raise
+        if named:
             return path, file
         os.close(file)
 
 
 def _sweep(output: Path) -> None:
-    """Delete what killed restores into `output` left. Live ones hold a lock on theirs."""
+    """Delete what killed restores into `output` left, and put back what they had moved aside. Live ones hold a lock on theirs."""
     for path in temporary_paths(output):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for suffix in ("", *SIDE_FILES):
+            _put_back(path, output)
+            for suffix in (*SIDE_FILES, ""):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
+    start = f".{output.name}."
+    for path in output.parent.iterdir():
+        base, mark, suffix = path.name.rpartition(".restore-")
+        if path.name.startswith(start) and mark and f"-{suffix}" in SIDE_FILES and not path.with_name(f"{base}.restore").exists():
+            path.unlink(missing_ok=True)  # what was moved aside for a file that has its name now
 
 
 def temporary_paths(output: Path) -> list[Path]:
@@ -161,7 +173,6 @@ def _check(path: Path, kind: IntegrityCheck) -> None:
 
 
 def _publish(temporary: Path, output: Path, force: bool) -> None:
-    aside: list[Path] = []
     try:
         found = output.stat()
     except FileNotFoundError:
@@ -171,25 +182,35 @@ def _publish(temporary: Path, output: Path, force: bool) -> None:
         if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
             with contextlib.suppress(PermissionError):
                 os.chown(temporary, found.st_uid, found.st_gid)
+    replaces = force or (found is not None and found.st_size == 0)
+    try:
+        for suffix in SIDE_FILES:
+            side = output.with_name(output.name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                if not force and suffix != "-shm" and side.lstat().st_size:
+                    raise OutputExists(side)
+                side.rename(temporary.with_name(temporary.name + suffix))
+        if replaces:
+            os.replace(temporary, output)
+        else:
+            try:
+                os.link(temporary, output)
+            except FileExistsError:
+                raise OutputExists(output) from None
+    except BaseException:
+        with contextlib.suppress(OSError):  # where this cannot be told now, `_sweep` does it
+            if not replaces or temporary.exists():  # else the rename was done, and reported as failed
+                _put_back(temporary, output)
+        raise
+    sync_directory(output.parent)
+
+
+def _put_back(temporary: Path, output: Path) -> None:
+    """Give the database that was not replaced its side files again: the newest of it may be in its WAL."""
+    if not output.exists() or output.samefile(temporary):
+        return
     for suffix in SIDE_FILES:
         side = output.with_name(output.name + suffix)
-        moved = temporary.with_name(temporary.name + suffix)
-        with contextlib.suppress(FileNotFoundError):
-            if not force and suffix != "-shm" and side.lstat().st_size:
-                raise OutputExists(side)
-            side.rename(moved)
-            aside.append(moved)
-    if force or (found is not None and found.st_size == 0):
-        os.replace(temporary, output)
-    else:
-        try:
-            os.link(temporary, output)
-        except FileExistsError:
-            raise OutputExists(output) from None
-    folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    for moved in aside:
-        moved.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if not side.exists():
+                temporary.with_name(temporary.name + suffix).rename(side)

@@ -51,6 +51,8 @@ from replicator.storage.probe import honours_conditions
 __all__ = ["Replica", "new_lineage", "read_lineage", "same_bytes"]
 
 LINEAGE = "pyrepl/lineage.json"
+LINEAGE_VERSION = 1
+"""Counted up by a change after which an older version must leave the replica alone."""
 COMPARE_BYTES = 1 << 20
 REREAD_S = 150.0
 """Half of the time for which raw files are kept, by default here and in Litestream."""
@@ -71,16 +73,20 @@ def read_lineage(client: ReplicaClient) -> bytes | None:
     except ObjectNotFound:
         return None
     try:
-        lineage = bytes.fromhex(json.loads(stored.data)["lineage"])
-    except (ValueError, KeyError, TypeError):
-        lineage = b""
+        document = json.loads(stored.data)
+        version, lineage = int(document.get("version", 1)), bytes.fromhex(document["lineage"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        version, lineage = 1, b""
+    if version > LINEAGE_VERSION:
+        hint = "use that version here, too: one that does not know what it changed could take it apart"
+        raise StorageError(f"replica was written by a newer version of pyrepl: {client.url}/{LINEAGE} has version {version}", hint=hint)
     if len(lineage) != 16:
         raise StorageError(f"unreadable lineage file: {client.url}/{LINEAGE}", hint="restore the object, or replicate to a new path")
     return lineage
 
 
 def _lineage_document(lineage: bytes) -> bytes:
-    return json.dumps({"lineage": lineage.hex()}).encode() + b"\n"
+    return json.dumps({"version": LINEAGE_VERSION, "lineage": lineage.hex()}).encode() + b"\n"
 
 
 def new_lineage() -> bytes:

@@ -193,9 +193,8 @@ def _write(
 
     with client.open(plan[0], size=100) as stream:
         page_size = int.from_bytes(stream.read(100)[8:12], "big")
-    header = read_chain(client, plan, write, parallelism=parallelism, progress=progress)
-    os.ftruncate(file, header.commit * header.page_size)
-    return header
+    # Each page up to the newest size is written exactly once, so that the file ends where the database does.
+    return read_chain(client, plan, write, parallelism=parallelism, progress=progress)
 
 
 def _write_all(file: int, rest: memoryview, at: int) -> None:

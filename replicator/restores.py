@@ -83,7 +83,8 @@ class Announcement:
             return
         old, self._file = self._file, file
         if old >= 0:
-            os.close(old)
+            with contextlib.suppress(OSError):
+                os.close(old)
 
     def withdraw(self) -> None:
         """Remove the note."""
@@ -95,8 +96,9 @@ class Announcement:
                 os.unlink(self._name, dir_fd=directory)
             finally:
                 os.close(directory)
-        os.close(self._file)
-        self._file = -1
+        file, self._file = self._file, -1
+        with contextlib.suppress(OSError):
+            os.close(file)
 
 
 def planned(url: str, *, folder: Path | None = None) -> set[tuple[int, TXID, TXID]]:

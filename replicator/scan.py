@@ -39,6 +39,6 @@ def differing_pages(database: Database, table: PageTable, image: Image) -> Pages
                 yield pages[index]
 
 
-def _cut(first: int, data: bytearray, size: int) -> list[tuple[int, memoryview]]:
+def _cut(first: int, data: bytes | bytearray, size: int) -> list[tuple[int, memoryview]]:
     skip, view = lock_pgno(size), memoryview(data)
     return [(first + index, view[index * size : (index + 1) * size]) for index in range(len(data) // size) if first + index != skip]

@@ -83,16 +83,13 @@ class Snapshot:
                 first = self._next
                 count = min(step, self.commit - first + 1)
                 data = self._database.pages(first, count, self._overlay, self._salts)
-                for pgno in range(first, first + count):
-                    if pgno in self._saved:
-                        at = (pgno - first) * size
-                        data[at : at + size] = self._load(self._saved.pop(pgno))
+                saved = {pgno: self._load(self._saved.pop(pgno)) for pgno in range(first, first + count) if pgno in self._saved}
                 self._next = first + count
             view = memoryview(data)
             for pgno in range(first, first + count):
                 if pgno != skip:
                     at = (pgno - first) * size
-                    yield pgno, view[at : at + size]
+                    yield pgno, saved.get(pgno) or view[at : at + size]
 
     def _save(self, pgno: int) -> None:
         if not self._next <= pgno <= self.commit or pgno in self._saved:

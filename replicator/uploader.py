@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import threading
@@ -211,7 +212,14 @@ def waiting_snapshot(images: Images, replica: Replica, board: Board) -> Callable
 
 
 def start_thread(name: str, target: Callable[[], None]) -> threading.Thread:
-    """Start a daemon thread."""
+    """Start a daemon thread.
+
+    Raises:
+        OSError: the system has no more of them.
+    """
     thread = threading.Thread(target=target, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, f"cannot start a thread: {error}") from error
     return thread

@@ -83,7 +83,11 @@ class WALFile:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises `FileNotFoundError`."""
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self._file)
+        try:
+            status = os.fstat(self._file)
+        except BaseException:
+            os.close(self._file)
+            raise
         self.identity = status.st_dev, status.st_ino
         self.wrong_frame = False
         """Whether `changes` stopped at a frame that carries the WAL's salts, but not the right checksum."""

@@ -33,7 +33,7 @@ EVERYTHING = b""
 """A subscription to this name is called for all that happens in the folder, and to the folder itself."""
 
 PAUSE_S = 0.002
-LIMITS = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSYS)
+LIMITS = (errno.EAGAIN, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSYS)
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,12 @@ class Watcher:
     def _watch(self, folder: bytes) -> None:
         if self._source is None:
             source = self._make()
-            threading.Thread(target=self._run, args=(source,), name="pyrepl events", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(source,), name="pyrepl events", daemon=True).start()
+            except RuntimeError as error:
+                source.stop()
+                source.run(lambda watch, mask, name: None)  # ends at once, and lets go of everything
+                raise OSError(errno.EAGAIN, str(error)) from error
             self._source = source
         number = self._source.add(folder)
         other = self._folders.get(number)
@@ -207,7 +212,11 @@ class _Inotify:
         from replicator.inotify import Inotify
 
         self._inotify = Inotify()
-        self._ends, self._end = os.pipe()
+        try:
+            self._ends, self._end = os.pipe()
+        except OSError:
+            self._inotify.close()
+            raise
 
     def add(self, folder: bytes) -> int:
         return self._inotify.add(folder)

@@ -35,7 +35,7 @@ FAULTS = {
     10: ("WAL restarted while we were down", "continuity is proven, or the pages that differ are uploaded"),
     11: ("WAL restarted between our read and our checkpoint", "the salts are looked at again under the pin"),
     12: ("WAL reused with the same size", "salts and checksums of frames tell"),
-    13: ("SQLite with the WAL-reset bug", "a warning"),
+    13: ("SQLite with the WAL-reset bug", "a warning where others checkpoint the database; our own checkpoints have no writer beside them"),
     14: ("a long reader pins the WAL", "nothing blocks; the WAL only stays longer"),
     15: ("any `wal_autocheckpoint`, foreign checkpoints", "nothing is lost"),
     16: ("VACUUM, auto-vacuum, shrinking and growing", "the restored bytes are SQLite's"),

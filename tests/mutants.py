@@ -47,6 +47,7 @@ COMPACTOR, LTX, S3, RESTORE = (
     "tests/storage/test_s3.py",
     "tests/unit/test_restore.py",
 )
+STEPS = "tests/e2e/test_every_step_fails.py"
 V3RESTORE, LIBRARY = "tests/unit/test_v3restore.py", "tests/e2e/test_library.py"
 
 MUTANTS = [
@@ -80,15 +81,22 @@ MUTANTS = [
         '        if integrity_check != "none":\n            _check(temporary, integrity_check)\n        _publish(temporary, output, force)\n',
         '        _publish(temporary, output, force)\n        if integrity_check != "none":\n            _check(temporary, integrity_check)\n', V3RESTORE,
     ),
-    Mutant("an old WAL stays beside the restored file", "publish.py", "            side.rename(moved)\n", "            moved.touch()\n", V3RESTORE),
+    Mutant("an old WAL stays beside the restored file", "publish.py", "                side.rename(temporary.with_name(temporary.name + suffix))\n", "                side.exists()\n", V3RESTORE),
     Mutant("the schema of a restored database is trusted", "publish.py", "PRAGMA trusted_schema=OFF", "PRAGMA trusted_schema=ON", "tests/unit/test_security.py"),
-    Mutant("the end of a shrunk database is not cut off", "restorer.py", "    os.ftruncate(file, header.commit * header.page_size)\n", "", RESTORE),
+    Mutant("pages behind the end of a shrunk database are written", "chain.py", "if pgno <= limit and owners[pgno] == mine:", "if pgno > limit or owners[pgno] == mine:", RESTORE),
+    Mutant(
+        "growth pages are forgotten", "engine.py", "        if not len(grown) or len(grown) == int((changes.pgnos > self._commit).sum()):\n", "        if True:\n",
+        "tests/e2e/test_attach_and_checkpoint.py tests/e2e/test_library.py",
+    ),
+    Mutant("a failed restore keeps the old WAL", "publish.py", "                _put_back(temporary, output)\n        raise\n", "                pass\n        raise\n", STEPS),
+    Mutant("a file that cannot be synced is named", "atomic.py", "            sync_file(self._file)\n            _give_name", "            with contextlib.suppress(OSError):\n                sync_file(self._file)\n            _give_name", STEPS),
+    Mutant("a staged file that fails is left", "outbox.py", "        except BaseException:\n            path.unlink(missing_ok=True)\n            raise\n", "        except BaseException:\n            raise\n", STEPS),
     Mutant("other bytes of another writer are taken for ours", "replica.py", "        if not same:\n            raise Fenced(self.url, file.max_txid)\n", "", LIBRARY),
     Mutant("acknowledged without being stored", "replica.py", "        for file in files:\n            self._store(file)\n        self._make_sure", "        self._make_sure", LIBRARY),
     Mutant("a condition that was lost against ourselves is a refusal", "storage/s3.py", 'if about.get("RetryAttempts", 0):', "if about is None:", S3),
     Mutant("another range than asked is taken", "storage/s3.py", "if first != offset or last - first + 1 != length:", "if first < 0:", S3),
     Mutant("a damaged page table is trusted", "pagetable.py", "return self._xor(self.state.commit) == self.state.xor", "return True", f"{POWER} {TABLE}"),
-    Mutant("entries behind the end stay", "pagetable.py", "            entries[commit:old_commit] = 0\n", "            pass\n", TABLE),
+    Mutant("entries behind the end come back", "pagetable.py", "        if commit > old.commit:  # a crash", "        if commit < 0:  # a crash", TABLE),
 ]  # fmt: skip
 
 

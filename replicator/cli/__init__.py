@@ -1,7 +1,7 @@
 """The `pyrepl` command: parse, call the library, print. The only reader of `argv` and the environment.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Errors are one line, with the next step on a second one. Each command has a module with a
-`COMMAND` in it; what a command needs beyond the standard library is imported when it runs, so that `pyrepl version` is quick.
+`COMMAND` in it, which is imported when it is asked for; what that needs beyond the standard library is imported when it runs.
 """
 
 from __future__ import annotations
@@ -9,31 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from replicator import __version__
-from replicator.cli import (
-    certify,
-    control,
-    convert,
-    databases,
-    generations,
-    history,
-    lease,
-    local,
-    ltx,
-    replicate,
-    restore,
-    standby,
-    top,
-    verify,
-    workflow,
-)
 from replicator.cli.output import EXIT_FAILED, EXIT_USAGE, fail
 from replicator.cli.parse import Command, UsageError, duration_flag, parse
 from replicator.errors import ReplicatorError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,31 +79,55 @@ def demo(flags: dict[str, str], arguments: list[str]) -> int:
     return run(arguments[0] if arguments else None, seconds=seconds, keep=flags.get("keep") == "true")
 
 
-COMMANDS = {
-    "replicate": replicate.COMMAND,
-    "restore": restore.COMMAND,
-    "ltx": ltx.COMMAND,
-    "history": history.COMMAND,
-    "verify": verify.COMMAND,
-    "generations": generations.GENERATIONS,
-    "snapshots": generations.SNAPSHOTS,
-    "wal": generations.WAL,
-    "convert": convert.COMMAND,
-    "certify": certify.COMMAND,
-    "lease": lease.COMMAND,
-    "standby": standby.COMMAND,
-    "databases": databases.COMMAND,
-    **local.COMMANDS,
-    **control.COMMANDS,
-    "top": top.COMMAND,
-    "wf": workflow.COMMAND,
-    "version": Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version),
-    "demo": Command(
-        "pyrepl demo [-duration D] [-keep] [workflow] [URL]",
-        "Write, replicate, kill, delete, restore, compare; about ten seconds.\n\n"
-        "demo workflow: an agent on one machine is killed, and goes on on another.",
-        ("keep",),
-        ("duration",),
-        demo,
-    ),
+_VERSION = Command("pyrepl version [-verbose]", "Print the version.", ("verbose",), (), version)
+_DEMO = Command(
+    "pyrepl demo [-duration D] [-keep] [workflow] [URL]",
+    "Write, replicate, kill, delete, restore, compare; about ten seconds.\n\n"
+    "demo workflow: an agent on one machine is killed, and goes on on another.",
+    ("keep",),
+    ("duration",),
+    demo,
+)
+# Where each command is: a name in a module of this package, or a table of commands.
+_HOMES: Mapping[str, str | Command] = {
+    "replicate": "replicate.COMMAND",
+    "restore": "restore.COMMAND",
+    "ltx": "ltx.COMMAND",
+    "history": "history.COMMAND",
+    "verify": "verify.COMMAND",
+    "generations": "generations.GENERATIONS",
+    "snapshots": "generations.SNAPSHOTS",
+    "wal": "generations.WAL",
+    "convert": "convert.COMMAND",
+    "certify": "certify.COMMAND",
+    "lease": "lease.COMMAND",
+    "standby": "standby.COMMAND",
+    "databases": "databases.COMMAND",
+    **dict.fromkeys(("status", "reset", "config"), "local.COMMANDS"),
+    **dict.fromkeys(("list", "info", "sync", "register", "unregister", "start", "stop"), "control.COMMANDS"),
+    "top": "top.COMMAND",
+    "wf": "workflow.COMMAND",
+    "version": _VERSION,
+    "demo": _DEMO,
 }
+
+
+class _Commands(Mapping[str, Command]):
+    """All commands by their names."""
+
+    def __getitem__(self, name: str) -> Command:
+        home = _HOMES[name]
+        if isinstance(home, Command):
+            return home
+        module, _, attribute = home.partition(".")
+        found: Command | Mapping[str, Command] = getattr(importlib.import_module(f"replicator.cli.{module}"), attribute)
+        return found if isinstance(found, Command) else found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOMES)
+
+    def __len__(self) -> int:
+        return len(_HOMES)
+
+
+COMMANDS = _Commands()

@@ -55,6 +55,8 @@ def load_config(flags: dict[str, str]) -> Config:
             data = file.read(4 * MAX_TEXT + 1)  # more is too large, whatever it says
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}", hint="name it with -config or LITESTREAM_CONFIG") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read config file: {path}: {(error.strerror or str(error)).lower()}") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -281,8 +281,11 @@ class FileClient:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            with open(file, "rb") as stream:
-                data = stream.read(_MAX_CONTROL_SIZE + 1)
+            try:
+                with open(file, "rb", closefd=False) as stream:
+                    data = stream.read(_MAX_CONTROL_SIZE + 1)
+            finally:
+                os.close(file)
         if len(data) > _MAX_CONTROL_SIZE:
             raise StorageError(f"control object is too large: {path}")
         return data

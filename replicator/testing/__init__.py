@@ -6,6 +6,7 @@
 | an application that uses `Replicator` | `CrashRecoveryMachine` |
 | what happens when the store misbehaves | `FaultyClient`, and on the wire `HostileS3` |
 | what a power cut leaves on the disk | `PowerCut` |
+| each step fails in turn: files, SQLite, network, threads, processes, clock | `each_failure`, `FailNth` |
 | time | `ManualClock` |
 | data | `schemas`, `transactions`, `ltx_files`, `wal_files` |
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from replicator.testing.clocks import ManualClock
     from replicator.testing.conformance import CHECKS, Nonconforming, check_replica_client
+    from replicator.testing.failing import FailNth, How, Kind, each_failure
     from replicator.testing.faults import Fault, FaultyClient
     from replicator.testing.hostile import HostileS3, Trouble
     from replicator.testing.machine import CrashRecoveryMachine
@@ -30,15 +32,19 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKS",
     "CrashRecoveryMachine",
+    "FailNth",
     "Fault",
     "FaultyClient",
     "HostileS3",
+    "How",
+    "Kind",
     "ManualClock",
     "Nonconforming",
     "PowerCut",
     "PowerLost",
     "Trouble",
     "check_replica_client",
+    "each_failure",
     "ltx_files",
     "schemas",
     "transactions",
@@ -48,15 +54,19 @@ __all__ = [
 _HOMES = {
     "CHECKS": "conformance",
     "CrashRecoveryMachine": "machine",
+    "FailNth": "failing",
     "Fault": "faults",
     "FaultyClient": "faults",
     "HostileS3": "hostile",
+    "How": "failing",
+    "Kind": "failing",
     "ManualClock": "clocks",
     "Nonconforming": "conformance",
     "PowerCut": "powercut",
     "PowerLost": "powercut",
     "Trouble": "hostile",
     "check_replica_client": "conformance",
+    "each_failure": "failing",
     "ltx_files": "strategies",
     "schemas": "strategies",
     "transactions": "strategies",

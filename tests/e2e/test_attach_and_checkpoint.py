@@ -11,7 +11,9 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from replicator import Replicator, db, engine
@@ -477,4 +479,66 @@ def test_two_snapshots_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
         out.body.unlink()
         assert not out.body.exists()
     subject.close()
+    application.close()
+
+
+class Contended:
+    """A connection whose checkpoints meet those of somebody else: what SQLite answers then."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def execute(self, sql: str) -> sqlite3.Cursor:
+        return self.connection.execute("SELECT 1, -1, -1" if "wal_checkpoint" in sql else sql)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@pytest.mark.fault("F13")
+@pytest.mark.parametrize(("version", "warnings"), [("3.51.2", 1), ("3.51.3", 0)])
+def test_checkpoints_of_others_are_warned_about_where_sqlite_has_the_wal_reset_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, warnings: int
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", tuple(map(int, version.split("."))))
+    monkeypatch.setattr(sqlite3, "sqlite_version", version)
+    database = tmp_path / "a.db"
+    application = connect(database)
+    engine = engine_for(database, MemoryClient())
+    engine.open()
+    drain(engine)
+    assert engine.checkpoint()
+    real = engine._database._checkpointer
+    engine._database._checkpointer = Contended(real)
+    for _ in range(2):  # it is said once
+        insert(application, 3)
+        drain(engine)
+        assert not engine.checkpoint()
+    engine._database._checkpointer = real
+    assert engine.checkpoint()
+    said = [record.getMessage() for record in caplog.records if "WAL-reset" in record.getMessage()]
+    assert len(said) == warnings
+    assert all(f"db={database} sqlite={version}" in text for text in said)
+    engine.close()
+    application.close()
+
+
+def test_growth_without_a_frame_comes_from_the_database_file(tmp_path: Path) -> None:
+    """SQLite gives each page a frame, but for the lock page; other writers need not."""
+    database = tmp_path / "a.db"
+    application = connect(database, page_size=512)
+    engine = engine_for(database, MemoryClient())
+    engine.open()
+    drain(engine)
+    assert engine.checkpoint()
+    pages = database.stat().st_size // 512
+    with database.open("ab") as file:
+        for number in range(1, 5):
+            file.write(bytes([number]) * 512)
+    changes = SimpleNamespace(page_size=512, commit=pages + 4, pgnos=np.array([1, pages + 2], dtype=np.uint32), start=engine._position)
+    found = list(engine._with_growth(iter([(1, b"first"), (pages + 2, b"its frame")]), changes))
+    assert found == [
+        (1, b"first"), (pages + 1, b"\1" * 512), (pages + 2, b"its frame"), (pages + 3, b"\3" * 512), (pages + 4, b"\4" * 512)
+    ]  # fmt: skip
+    engine.close()
     application.close()

@@ -347,6 +347,56 @@ def test_the_last_of_the_disk_is_left_to_the_application(tmp_path: Path, monkeyp
     application.close()
 
 
+class Slow(Flaky):
+    """A store that takes a file whenever the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = threading.Semaphore(0)
+        self.is_slow = False
+        self.bytes_in = 0
+
+    def put(self, level, low, high, body, **options):
+        if self.is_slow:
+            assert self.turns.acquire(timeout=TIMEOUT_S)
+        self.bytes_in += len(body) if isinstance(body, bytes) else body.stat().st_size
+        return super().put(level, low, high, body, **options)
+
+
+@pytest.mark.fault("F41")
+def test_a_store_that_is_slower_than_the_application_holds_a_bounded_queue_and_shows_its_lag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replicator.loop.STAGE_AFTER_S", 0.02)
+    database, client, limit, file_bytes = tmp_path / "a.db", Slow(), 300_000, 100_000
+    application = connect(database)
+    with Replicator(database, client, sync_interval_s=0.01, staging_limit_bytes=limit, history=None) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        first, client.is_slow = client.bytes_in, True
+        for number in range(12):
+            application.execute("INSERT INTO t(v) VALUES(randomblob(?))", (file_bytes,))
+            until(lambda done=number: replicator.status().txid == done + 2 or "full" in (replicator.status().error or ""))
+        status = replicator.status()
+        files, memory, staged = status.waiting
+        assert 2 < files < 12  # the rest waits in the WAL
+        assert memory + staged < limit + 2 * file_bytes
+        assert staged_bytes(tmp_path) < limit + 2 * file_bytes
+        assert status.wal_size_bytes > limit
+        assert status.replicas[0].lag_s > 0
+        for _ in range(3):  # slowly it goes on, and what waited in the WAL becomes one file
+            stored = len(client.names(0))
+            client.turns.release()
+            until(lambda before=stored: len(client.names(0)) > before)
+        until(lambda: replicator.status().waiting[0] <= 2)
+        client.is_slow = False
+        client.turns.release()
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert replicator.status().replicas[0].lag_s == 0
+        assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+        assert client.bytes_in - first < 14 * file_bytes  # each byte was sent once
+    application.close()
+
+
 # -- clocks (22) -----------------------------------------------------------------------------------------------------------------
 
 

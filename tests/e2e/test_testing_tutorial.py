@@ -7,8 +7,11 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from replicator import Replicator
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
 
@@ -51,3 +54,23 @@ def test_the_examples_with_a_store_run(tmp_path: Path, monkeypatch: pytest.Monke
     exec(blocks()[2], {})
     connection.close()
     assert "lost reply" in capsys.readouterr().out
+
+
+def test_the_example_in_which_every_step_fails_runs(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "app.db")
+    connection.execute("CREATE TABLE t(v)")
+    connection.close()
+    replicate_once(tmp_path / "app.db", f"file://{tmp_path}/replica")
+    [program] = [block for block in blocks() if "def test_every_step(" in block]
+    names: dict[str, Any] = {}
+    exec(program.replace("file:///srv/replica", f"file://{tmp_path}/replica"), names)
+    (tmp_path / "out").mkdir()
+    names["test_every_step"](tmp_path / "out")
+    outputs = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len([name for name in outputs if name.endswith(".db")]) >= 2
+    assert len([name for name in outputs if name.endswith(".restore")]) <= 1  # that which could not be deleted
+
+
+def replicate_once(database: Path, url: str) -> None:
+    with Replicator(database, url) as replicator:
+        replicator.wait()
