@@ -189,6 +189,12 @@ class Engine:
         home = self.replicas[0]
         if not home.online:
             raise StorageUnavailable(f"the replica that decides who owns the database does not answer: {home.url}: {home.error}")
+        if self._tenant is not None and home.txid > self._tenant.newest:
+            # Ours it is not, and the database lacks it: what differs must not be appended to it. Joining has made a page table of that state, as
+            # if the database were in it.
+            for name in ("pages", "replicas.json"):
+                (self._folder / name).unlink(missing_ok=True)
+            raise Overtaken(Fenced(home.url, home.txid, why=f"TXID {home.txid:016x} was stored by another writer at this moment"))
         if not self.txid:
             return staged
         try:

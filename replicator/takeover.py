@@ -100,6 +100,8 @@ class Tenant:
         """Where what only this machine had was written, when that was found to be necessary."""
         self.has_claimed = False
         """The newest raw file was written under the very term that is in force: no other claim can have followed."""
+        self.newest = TXID(0)
+        """The newest raw file at the last look: whatever is newer when the database joins came after it."""
         self._token = 0
         self._numbers: list[int] = []
         self._instances: list[str] = []
@@ -137,10 +139,12 @@ class Tenant:
             StorageError: the replica cannot be read.
         """
         self.has_claimed = False
+        self.newest = TXID(0)
         found = newest_raw(client)
         if found is None:
             return None
         info, header = found
+        self.newest = info.max_txid
         if not token_of(header.node_id) or header.node_id in self._numbers:
             self.has_claimed = token_of(header.node_id) == self._token
             return None

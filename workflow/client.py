@@ -51,6 +51,9 @@ class Desk(Protocol):
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""
 
+    def winner(self, id: str) -> tuple[str, str] | None:
+        """Return (flow, input digest) of the run that has an id, where it is not the one that was started with it here."""
+
     @property
     def reader(self) -> Reader:
         """Where artifacts are read from."""
@@ -59,11 +62,21 @@ class Desk(Protocol):
 class Run:
     """One run, wherever it is. Nothing is read before it is asked for."""
 
-    def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None = None, is_conflict: bool = False) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        id: str,
+        *,
+        flow: Flow[..., Any] | None = None,
+        is_conflict: bool = False,
+        wanted: tuple[str, str] | None = None,
+    ) -> None:
+        """`wanted`: flow and input digest of what was started."""
         self.id = id
         self._desk = desk
         self._flow = flow
         self._is_conflict = is_conflict
+        self._wanted = wanted
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -93,6 +106,9 @@ class Run:
         if self._is_conflict:
             raise Conflict(self.id)
         status, output, error = await self._desk.ending(self.id)
+        winner = self._desk.winner(self.id)
+        if self._wanted is not None and winner is not None and winner != self._wanted:
+            raise Conflict(self.id)
         if status != "done":
             facts = loads(error) if error and error.startswith("{") else {"type": "", "message": error or ""}
             raise RunFailed(self.id, status, facts["type"] or status.capitalize(), facts["message"])
@@ -262,6 +278,10 @@ class Client:
         """Return why a request was refused."""
         return await self._read(functools.partial(intake.refusal, request=request))
 
+    def winner(self, id: str) -> tuple[str, str] | None:
+        """No run is started here (see `Desk`)."""
+        return None
+
     @property
     def reader(self) -> Reader:
         """Where artifacts are read from."""
@@ -278,8 +298,7 @@ class _Started(Run):
     """A run that the engine may not have taken up yet."""
 
     def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None, name: str, input_sha256: str) -> None:
-        super().__init__(desk, id, flow=flow)
-        self._wanted = (name, input_sha256)
+        super().__init__(desk, id, flow=flow, wanted=(name, input_sha256))
 
     async def status(self) -> str:
         found = await self._desk.indexed(self.id)

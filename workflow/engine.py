@@ -37,9 +37,21 @@ from workflow import journal as jr
 from workflow.client import Run, ending_of, who
 from workflow.clock import Clock, Timer, Timers
 from workflow.context import Flow, flows, number_tasks
-from workflow.errors import Conflict, FolderInUse, ForkRefused, MissingObject, NeedsReplica, Parked, Refused, Unreadable, WorkflowError
+from workflow.errors import (
+    Conflict,
+    Elsewhere,
+    FolderInUse,
+    ForkRefused,
+    MissingObject,
+    NeedsReplica,
+    NotOwner,
+    Parked,
+    Refused,
+    Unreadable,
+    WorkflowError,
+)
 from workflow.intake import Indexed, Intake, Request
-from workflow.journal import Event, Faults, Instance, Journal, Loaded
+from workflow.journal import Event, Instance, Journal, Loaded
 from workflow.lanes import Lane, Lanes
 from workflow.objects import LocalObjects, Objects, Reader
 from workflow.recording import Idle, Services
@@ -48,7 +60,9 @@ from workflow.values import digest, encode, iso, loads
 from workflow.worker import Ending, Execution
 
 if TYPE_CHECKING:
+    from replicator import ReplicatorError
     from workflow.durability import Replication
+    from workflow.remote import BucketDesk
 
 __all__ = ["Engine"]
 
@@ -109,6 +123,7 @@ class Engine:
         replica: str | None = None,
         host: str = "main",
         sync_interval_s: float | None = None,
+        lease_ttl_s: float = 30.0,
         concurrency: int = 100,
         threads: int = 32,
         park_after_s: float = 0.5,
@@ -127,8 +142,9 @@ class Engine:
         Args:
             folder: made when missing. One engine owns it at a time.
             replica: URL of a root below which all files are replicated, and restored when they are missing or overtaken here.
-            host: name of this engine's runs there. An engine elsewhere that uses the same replica and host takes them over.
+            host: name of this engine's runs there: one engine at a time has it. When that one is gone, another one of the same name takes its runs over.
             sync_interval_s: least time between uploads that nobody waits for; as in `Replicator`.
+            lease_ttl_s: an engine that gives no sign of life for so long may be taken over; 1 to 3600. One PUT each third of it.
             concurrency: so many runs in memory at once; parked and queued ones do not count.
             threads: for plain functions, as steps; as flows they have `concurrency` more.
             park_after_s: a run that only waits leaves memory after so many seconds, or at once when others want its place.
@@ -158,7 +174,11 @@ class Engine:
         self._faults = faults
         self._machine = socket.gethostname()
         self._objects: Objects = LocalObjects(self.folder / ".objects")
-        self._replica, self._host, self._interval_s = replica, host, sync_interval_s
+        self._replica, self._host, self._interval_s = replica, check_id(host), sync_interval_s
+        self._lease_ttl_s = lease_ttl_s
+        self._lost: NotOwner | None = None
+        self._remote: BucketDesk | None = None
+        self._winners: dict[str, tuple[str, str]] = {}
         self._replication: Replication | None = None
         self._active: dict[str, _Active] = {}
         self._parked: dict[str, _Parked] = {}
@@ -184,6 +204,7 @@ class Engine:
 
         Raises:
             FolderInUse: another engine has it.
+            HostInUse: an engine of the same host, with another folder, owns its runs and lives.
             Unreadable: the intake is damaged, or from a newer version.
         """
         host = self.folder / ".host"
@@ -194,9 +215,14 @@ class Engine:
             self._context = contextvars.copy_context()
             if self._replica is not None:
                 from workflow.durability import Replication
+                from workflow.remote import BucketDesk
 
-                self._replication = Replication(self.folder, self._replica, host=self._host, sync_interval_s=self._interval_s)
+                self._replication = Replication(
+                    self.folder, self._replica, host=self._host, sync_interval_s=self._interval_s, lease_ttl_s=self._lease_ttl_s
+                )
                 self._objects = self._replication.objects
+                self._remote = BucketDesk(self._replica, self.sender)
+                self._replication.on_lost = self._on_lost
                 await self._replication.take_over()
             self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
             if self._replication is not None:
@@ -218,11 +244,15 @@ class Engine:
                 reader=self.reader,
                 outside=self,
                 barrier=self._replication.barrier if self._replication is not None else None,
-                check_owner=_anybody,
+                check_owner=self._replication.check_owner if self._replication is not None else _anybody,
                 on_idle=self._on_idle,
             )
             self._undo = number_tasks(self._loop, _make_task)
         except BaseException:
+            if self._replication is not None:
+                await self._replication.close(release=True)
+            if self._remote is not None:
+                self._remote.close()
             os.close(self._lock)
             raise
         self._is_open = True
@@ -253,14 +283,16 @@ class Engine:
             await asyncio.wait([active.task for active in self._active.values() if active.task], timeout=1.0)
         await self._close()
 
-    async def _close(self) -> None:
+    async def _close(self, *, release: bool = True) -> None:
         while self._helpers:
             await asyncio.wait(self._helpers)
         self._undo()
         self.timers.close()
         await self._intake.close()
         if self._replication is not None:
-            await self._replication.close()
+            await self._replication.close(release=release)
+        if self._remote is not None:
+            await asyncio.to_thread(self._remote.close)
         await self._lanes.close()
         self._bodies.shutdown(wait=False)
         self._flow_threads.shutdown(wait=False)
@@ -285,7 +317,67 @@ class Engine:
                 if active.execution is not None:
                     active.execution.crash()
             await asyncio.wait([active.task for active in self._active.values() if active.task], timeout=0.1)
-        await self._close()
+        await self._close(release=False)
+
+    # -- ownership ---------------------------------------------------------------------------------------------------------------
+
+    def _on_lost(self, id: str, error: ReplicatorError) -> None:
+        """Somebody else owns a run, or this host; called by any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._stop_run if id else self._stop_host, id, error)
+
+    def _stop_run(self, id: str, error: Exception) -> None:
+        active = self._active.get(id)
+        if active is not None and active.execution is not None:
+            active.execution.lose(error)
+
+    def _stop_host(self, _: str, error: Exception) -> None:
+        """Run nothing any more: no body begins, nothing is recorded, whoever waits hears of it."""
+        if self._lost is not None:
+            return
+        self._lost = NotOwner(f"host {self._host}", str(error))
+        log.error("this engine has stopped host=%s folder=%s reason=%r", self._host, self.folder, str(error))
+        for active in self._active.values():
+            if active.execution is not None:
+                active.execution.lose(self._lost)
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(self._lost)
+
+    def _check_open(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        if not self._is_open or self._is_closing:
+            raise RuntimeError("the engine is not running")
+
+    async def take(self, id: str) -> Run:
+        """Go on here with a run of another host of the same replica, which is gone: that host's writes to it are refused from now on.
+
+        Whether it is gone is the caller's to know (its lease, `<root>/_hosts/<host>/lock.json`, is over): of a living one, local bodies of the run that
+        is taken may run on both for a moment.
+
+        Raises:
+            Refused: the replica has no such run.
+            NotOwner: this host's lease is over.
+            ReplicatorError: it could not be claimed.
+        """
+        self._check_open()
+        if self._replication is None:
+            raise NeedsReplica(f"taking over run {id}")
+        if await self._known(check_id(id, longest=200)) is None:
+            await self._replication.take(id)
+            await self.adopt(id)
+        return self.run(id)
+
+    async def _moved(self, id: str, error: Elsewhere) -> None:
+        """A run is another host's: this one forgets it."""
+        log.warning("run is another host's id=%s owner=%s", id, error.owner)
+        self._winners[id] = error.winner
+        await self._intake.do(functools.partial(ik.drop, id=id))
+        for waiter in self._waiters.get(id, ()):
+            if not waiter.done():
+                waiter.set_exception(error)
 
     async def _recover(self) -> None:
         now = self._now()
@@ -298,7 +390,7 @@ class Engine:
         for flow in await self._intake.do(ik.flows_queued) if self._only is None else ():
             self._queued[flow] = True
         if self._only is not None:
-            found = await self.indexed(self._only)
+            found = await self._known(self._only)
             if found is not None and found.status == "queued":
                 self._make_ready(found.id, found.flow)
         for request in await self._intake.do(ik.open_requests):
@@ -386,18 +478,27 @@ class Engine:
         """
         if not isinstance(flow, Flow):
             raise TypeError(f"not a flow: {flow!r}; decorate it with @flow")
+        is_chosen = id is not None
         id = check_id(id if id is not None else ulid(self._now_ms()).lower())
         text, _ = flow.signature.encode(args, kwargs)
         durability = durability or flow.durability
         if self._services.barrier is None and (durability == "replicated" or flow.replicated_steps()):
             raise NeedsReplica(f"flow {flow.name}" if durability == "replicated" else f"step {flow.replicated_steps()[0]}")
-        return await self._start(flow, id, text, flow.priority if priority is None else priority, durability)
+        return await self._start(flow, id, text, flow.priority if priority is None else priority, durability, is_chosen=is_chosen)
 
     async def _start(
-        self, flow: Flow[..., Any], id: str, text: str, priority: int, durability: Durability, parent: tuple[str, str] | None = None
+        self,
+        flow: Flow[..., Any],
+        id: str,
+        text: str,
+        priority: int,
+        durability: Durability,
+        parent: tuple[str, str] | None = None,
+        *,
+        is_chosen: bool = False,
     ) -> Run:
-        if not self._is_open or self._is_closing:
-            raise RuntimeError("the engine is not running")
+        """`is_chosen`: somebody chose the id, so that another host may have a run of it, too."""
+        self._check_open()
         now = self._now()
         runs_now = id not in self._active and not self._queued.get(flow.name) and self._has_place(flow) and self._take_rate(flow)
         if runs_now:
@@ -416,7 +517,7 @@ class Engine:
             now,
             None,
         )
-        body = {"flow": flow.name, "input": text, "priority": priority, "durability": durability, "parent": parent}
+        body = {"flow": flow.name, "input": text, "priority": priority, "durability": durability, "parent": parent, "chosen": is_chosen}
         request = Request(f"start:{id}", id, "start", encode(body, "start")[0], self.sender, now)
         self._pending += 1
         try:
@@ -434,7 +535,7 @@ class Engine:
         elif is_new:
             self._queued[flow.name] = True
             self._fill()
-        return Run(self, id, flow=flow, is_conflict=conflict)
+        return Run(self, id, flow=flow, is_conflict=conflict, wanted=(flow.name, run.input_sha256))
 
     def run(self, id: str) -> Run:
         """Return the handle of a run."""
@@ -447,10 +548,19 @@ class Engine:
     # -- what handles ask (see `client.Desk`) --------------------------------------------------------------------------------------
 
     async def submit(self, request: Request) -> None:
-        """Accept a request."""
-        await self._accept(request)
+        """Accept a request; one for a run of another host goes to the replica's inbox."""
+        self._check_open()
+        if (
+            self._remote is not None
+            and await self._known(request.instance) is None
+            and await self._remote.indexed(request.instance) is not None
+        ):
+            await self._remote.submit(request)
+        else:
+            await self._accept(request)
 
     async def _accept(self, request: Request) -> None:
+
         def add(db: sqlite3.Connection) -> str | None:
             ik.add_request(db, request)
             return ik.refusal(db, request.id)
@@ -465,7 +575,16 @@ class Engine:
                 raise Refused(request.instance, reason)
 
     async def indexed(self, id: str) -> Indexed | None:
-        """Return a run."""
+        """Return a run, also one of another host of the same replica."""
+        found = await self._known(id)
+        return found if found is not None or self._remote is None else await self._remote.indexed(id)
+
+    def winner(self, id: str) -> tuple[str, str] | None:
+        """Return (flow, input digest) of the run that has an id which was also started here, where another host was first."""
+        return self._winners.get(id)
+
+    async def _known(self, id: str) -> Indexed | None:
+        """Return a run of this host."""
         active = self._active.get(id)
         ended = active.ended if active is not None else None  # before asking: when it is gone, the index has its end
         found = await self._intake.do(functools.partial(ik.one, id=id))
@@ -478,7 +597,9 @@ class Engine:
         waiters.append(waiter)
         try:
             if id not in self._active:
-                found = await self.indexed(id)
+                found = await self._known(id)
+                if found is None and self._remote is not None:
+                    return await self._remote.ending(id)
                 if found is None:
                     raise Refused(id, "there is no such run")
                 if found.status == "quarantined":
@@ -488,6 +609,9 @@ class Engine:
                 if found.status in ENDED:
                     return await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             return await waiter
+        except Elsewhere:
+            assert self._remote is not None
+            return await self._remote.ending(id)
         finally:
             waiters.remove(waiter)
             if not waiters:
@@ -495,11 +619,14 @@ class Engine:
 
     async def records(self, id: str) -> list[Record]:
         """Return the steps of a run."""
+        if self._remote is not None and await self._known(id) is None:
+            return await self._remote.records(id)
         return (await asyncio.to_thread(jr.read, await self._local(id))).records
 
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""
-        return await self._intake.do(functools.partial(ik.refusal, request=request))
+        reason = await self._intake.do(functools.partial(ik.refusal, request=request))
+        return reason if reason is not None or self._remote is None else await self._remote.refusal(request)
 
     # -- what runs ask (see `worker.Outside`) ----------------------------------------------------------------------------------------
 
@@ -508,7 +635,7 @@ class Engine:
         run = await self._start(flow, id, input, flow.priority, flow.durability, (parent, key))
         if run._is_conflict:
             raise Conflict(id)
-        found = await self.indexed(id)
+        found = await self._known(id)
         if found is not None and found.status in ENDED:  # its message may have been taken by a copy of the parent: tell again
             await self._tell_parent_of(id, found)
 
@@ -532,7 +659,7 @@ class Engine:
             Refused: there is no such run.
         """
         while True:
-            found = await self.indexed(id)
+            found = await self._known(id)
             if found is None:
                 raise Refused(id, "there is no such run")
             if found.status in ENDED or (id in self._parked and id not in self._active):
@@ -575,7 +702,7 @@ class Engine:
             self._pending -= 1
 
     async def _for_instance(self, request: Request, tries: int = 10) -> None:
-        found = await self.indexed(request.instance)
+        found = await self._known(request.instance)
         if found is None:
             raise Refused(request.instance, "there is no such run")
         if found.status in ENDED:
@@ -638,7 +765,7 @@ class Engine:
             raise Refused(request.instance, f"this engine knows no flow {body['flow']!r}")
         check_id(request.instance)
         flow.signature.decode(str(body["input"]), self.reader)
-        run = await self._start(flow, request.instance, str(body["input"]), int(body["priority"]), flow.durability)
+        run = await self._start(flow, request.instance, str(body["input"]), int(body["priority"]), flow.durability, is_chosen=True)
         if run._is_conflict:
             raise Conflict(request.instance)
         await self._intake.do(functools.partial(ik.done, request=request.id))
@@ -691,7 +818,7 @@ class Engine:
 
     def _fill(self) -> None:
         """Take up what is ready, then what is queued, as far as there are places."""
-        if self._is_closing:
+        if self._is_closing or self._lost is not None:
             return
         held = []
         while self._ready and len(self._active) + self._reserved < self._concurrency:
@@ -779,6 +906,8 @@ class Engine:
         """Open a run, let it run, close it, and say what became of it."""
         try:
             ending = await self._opened(id, active, start)
+            if ending is not None and ending.kind == "ended" and self._replication is not None:
+                ending = await self._published(id, ending)
             if ending is not None:
                 await self._leave(id, active, ending)
         except asyncio.CancelledError:
@@ -802,14 +931,15 @@ class Engine:
     async def _opened(self, id: str, active: _Active, start: Request | None) -> Ending | None:
         lane, journal = self._lanes.next(), None
         try:
-            journal, loaded, large = await self._open(id, lane, start)
+            path, is_new, is_contested = await self._file(id, lane, start)
+            if self._replication is not None:
+                await self._replication.attach(id, is_new=is_new, is_contested=is_contested)
+            journal, loaded, large = await lane.submit(self._open_file, id, path, is_new)
             flow, active.parent = flows.get(loaded.instance.flow), loaded.instance.parent_id
             if loaded.instance.status in ENDED:
                 return await lane.submit(_ended, self._path(id), self._objects)
             if flow is None:
                 raise _Quarantine(f"no code: this engine knows no flow {loaded.instance.flow!r}")
-            if self._replication is not None:
-                await self._replication.attach(id)
             active.execution = Execution(flow, loaded, journal, lane, self._services, large)
             await self._take_in(id, active)
             if self._is_closing:
@@ -822,6 +952,9 @@ class Engine:
             return ending
         except (Unreadable, _Quarantine, MissingObject) as error:
             await self._quarantine(id, str(error))
+            return None
+        except Elsewhere as error:
+            await self._moved(id, error)
             return None
         except Exception as error:
             return Ending("broken", failure=error)
@@ -848,36 +981,36 @@ class Engine:
                 await self._apply(id, active, request)
                 applied.add(request.id)
 
-    async def _open(self, id: str, lane: Lane, start: Request | None) -> tuple[Journal, Loaded, dict[str, str]]:
-        is_known_here = start is not None and not (self._replication is not None and self._replication.is_successor)
-        path = self._path(id) if is_known_here else await self._local(id)
+    async def _file(self, id: str, lane: Lane, start: Request | None) -> tuple[Path, bool, bool]:
+        """Return the path of a run's file, whether it was made now, and whether another host may have begun the same run."""
+        path = self._path(id) if start is not None else await self._local(id)
         if start is None and not path.exists():
             requests = await self._intake.do(functools.partial(ik.requests_of, id=id))
             start = next((request for request in requests if request.kind == "start"), None)
             if start is None:
                 raise _Quarantine(f"its file is missing: {path}")
-        instance = None
-        if start is not None:
-            body = loads(start.body)
-            parent = body.get("parent") or (None, None)
-            now = self._now()
-            instance = Instance(
-                id, os.urandom(6).hex(), body["flow"], "running", body["input"], digest(body["input"]), now, now,
-                parent_id=parent[0], parent_key=parent[1], durability=body["durability"], priority=body["priority"],
-            )  # fmt: skip
-        faults = functools.partial(self._faults, id) if self._faults is not None else None
-        return await lane.submit(self._open_file, path, instance, faults)
+        if start is None:
+            return path, False, False
+        body = loads(start.body)
+        parent = body.get("parent") or (None, None)
+        now = self._now()
+        instance = Instance(
+            id, os.urandom(6).hex(), body["flow"], "running", body["input"], digest(body["input"]), now, now,
+            parent_id=parent[0], parent_key=parent[1], durability=body["durability"], priority=body["priority"],
+            owner=self._host if self._replication is not None else None,
+        )  # fmt: skip
+        return path, await lane.submit(jr.create, path, self._template, instance), bool(body.get("chosen", True))
 
-    def _open_file(self, path: Path, instance: Instance | None, faults: Faults | None) -> tuple[Journal, Loaded, dict[str, str]]:
-        """Make or open a file, in a lane. A file that says `running` was left by a crash: count that, and give up at some number."""
-        is_new = instance is not None and jr.create(path, self._template, instance)
+    def _open_file(self, id: str, path: Path, is_new: bool) -> tuple[Journal, Loaded, dict[str, str]]:
+        """Open a file, in a lane. One that says `running` was left by a crash: count that, and give up at some number."""
+        faults = functools.partial(self._faults, id) if self._faults is not None else None
         journal = Journal(path, synchronous=self._synchronous, faults=faults)
         try:
             loaded = journal.load()
             if is_new or loaded.instance.status in ENDED:
                 return journal, loaded, {}
             writes = []
-            if loaded.instance.status == "running":
+            if loaded.instance.status == "running" and id not in self._broken:
                 loaded.instance.resumes += 1
                 writes.append(jr.put_resumes(loaded.instance.resumes))
                 if loaded.instance.resumes >= self._max_crashes:
@@ -895,6 +1028,15 @@ class Engine:
         except BaseException:
             journal.close()
             raise
+
+    async def _published(self, id: str, ending: Ending) -> Ending:
+        """Mark a run as ended for other machines, when its replica has its end; until then it counts as broken off here, and is tried again."""
+        assert self._replication is not None
+        try:
+            await self._replication.mark_done(id, ending.status, ending.error, self._now())
+        except Exception as error:
+            return Ending("broken", failure=error)
+        return ending
 
     async def _leave(self, id: str, active: _Active, ending: Ending) -> None:
         match ending.kind:
@@ -964,7 +1106,10 @@ class Engine:
         """Leave a run alone from now on; the file stays as it is."""
         log.error("run quarantined id=%s reason=%r", id, reason)
         error = encode({"type": "Quarantined", "message": reason, "attempts": 0}, "error")[0]
-        found = await self.indexed(id)
+        if self._replication is not None:
+            with contextlib.suppress(Exception):  # the index has it, which is replicated, too
+                await self._replication.mark_done(id, "quarantined", error, self._now())
+        found = await self._known(id)
         self._ended(id, found.parent_id if found is not None else None, Ending("ended", "quarantined", error=error))
 
     # -- forks -------------------------------------------------------------------------------------------------------------------
@@ -972,10 +1117,10 @@ class Engine:
     async def _fork(self, request: Request) -> None:
         body = loads(request.body)
         new = check_id(str(body["id"]))
-        if await self.indexed(new) is not None:
+        if await self._known(new) is not None:
             await self._intake.do(functools.partial(ik.done, request=request.id))
             return
-        found = await self.indexed(request.instance)
+        found = await self._known(request.instance)
         if self._replication is not None and request.instance in self._active:
             await self._replication.barrier(request.instance)
         if found is None or not self._path(request.instance).exists():

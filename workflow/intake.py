@@ -163,6 +163,12 @@ def done(db: sqlite3.Connection, request: str) -> None:
     db.execute("DELETE FROM wf_requests WHERE id = ?", (request,))
 
 
+def drop(db: sqlite3.Connection, id: str) -> None:
+    """Forget a run that is another host's, with its start; what else waits for it stays."""
+    db.execute("DELETE FROM wf_index WHERE id = ?", (id,))
+    db.execute("DELETE FROM wf_requests WHERE instance = ? AND kind = 'start'", (id,))
+
+
 def requests_of(db: sqlite3.Connection, id: str) -> list[Request]:
     """Return what waits for a run, oldest first."""
     return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests WHERE instance = ? ORDER BY id", (id,))]

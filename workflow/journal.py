@@ -39,6 +39,7 @@ __all__ = [
     "read",
     "read_object",
     "rows",
+    "set_owner",
     "template",
 ]
 
@@ -68,6 +69,7 @@ class Instance:
     priority: int = 0
     resumes: int = 0
     finished_at: str | None = None
+    owner: str | None = None
 
 
 @dataclass(slots=True)
@@ -481,6 +483,16 @@ def cut(path: Path, instance: Instance, number: int) -> None:
         connection.execute(f"DELETE FROM wf_objects WHERE sha256 NOT IN ({kept})")
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+
+
+def set_owner(path: Path, owner: str) -> None:
+    """Write into a file that nobody has open whose run it is. Raises `Unreadable`."""
+    connection = _open(path, readonly=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("UPDATE wf_instance SET owner = ?", (owner,))
     finally:
         connection.close()
 

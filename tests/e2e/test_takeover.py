@@ -180,6 +180,33 @@ def test_a_late_write_of_the_old_owner_before_the_claim_is_taken_over_too(tmp_pa
         assert rows(restored(client, tmp_path)) == rows(other)
 
 
+def test_what_a_living_owner_stores_between_the_look_and_the_join_is_not_overwritten(tmp_path):
+    """Two leases, one replica: the second writer looks at an empty replica, the first stores TXID 1, the second joins."""
+
+    class Late(MemoryClient):
+        looks = 0
+
+        def list(self, level, **options):
+            self.looks += level == 0
+            if level == 0 and self.looks == 2:
+                first.start().wait(timeout_s=20)
+            return super().list(level, **options)
+
+    client = MemoryClient.named("late")
+    insert(connect(tmp_path / "a.db"), 7)
+    insert(connect(tmp_path / "b.db"), 3)
+    leases = [Lease(MemoryClient.named(name), ttl_s=60.0) for name in ("late-a", "late-b")]
+    first = Replicator(tmp_path / "a.db", client, lease=leases[0], history=None)
+    second = Replicator(tmp_path / "b.db", Late.named("late"), lease=leases[1], history=None)
+    with pytest.raises(Fenced):
+        second.start().wait(timeout_s=20)
+    first.close()
+    for lease in leases:
+        lease.close()
+    assert [header.min_txid for header, _ in raw_files(client)] == [1]
+    assert len(rows(restored(client, tmp_path))) == 7
+
+
 def test_the_first_replica_decides_and_the_others_only_get_what_it_has(tmp_path):
     home, second = Flaky("home"), Flaky("second")
     database = tmp_path / "a.db"

@@ -178,7 +178,7 @@ def test_a_killed_machine_loses_nothing_that_was_acknowledged(tmp_path: Path) ->
                 return [await pay(), await then()]
 
             async def main():
-                async with Engine(sys.argv[1], replica=sys.argv[2]) as engine:
+                async with Engine(sys.argv[1], replica=sys.argv[2], lease_ttl_s=1.0) as engine:
                     print(await (await engine.start(order, id="it")).result())
 
             asyncio.run(main())
