@@ -252,7 +252,7 @@ def test_an_engine_that_sleeps_past_its_lease_is_refused_and_says_so(tmp_path: P
 
 def test_a_store_that_is_away_is_no_crash_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each try ends in an error of the barrier; after many more than `max_crashes` the run goes on as if nothing had been."""
-    from workflow import engine as module
+    from workflow import running as module
     from workflow.durability import Replication
 
     away, tries = [True], []
