@@ -36,8 +36,8 @@ from workflow.errors import (
 from workflow.intake import Indexed, Intake, Request
 from workflow.lanes import Lanes
 from workflow.objects import LocalObjects, Objects, Reader
+from workflow.post import Post, Postman
 from workflow.recording import Services
-from workflow.requests import Requests
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
 from workflow.values import digest, iso
 from workflow.worker import Execution
@@ -54,7 +54,7 @@ LANES = 8
 SWEEP_S = 3600.0
 
 
-class Engine(Requests):
+class Engine(Post):
     """Run the flows of a folder: each run in a file of its own, all that were interrupted resumed. An async context manager.
 
     async with Engine("agents/") as engine:
@@ -74,6 +74,7 @@ class Engine(Requests):
         threads: int = 32,
         park_after_s: float = 0.5,
         poll_s: float = 0.1,
+        inbox_poll_s: float = 5.0,
         stop_timeout_s: float = 10.0,
         keep: timedelta | None = timedelta(days=30),
         only: str | None = None,
@@ -95,6 +96,7 @@ class Engine(Requests):
             threads: for plain functions, as steps; as flows they have `concurrency` more.
             park_after_s: a run that only waits leaves memory after so many seconds, or at once when others want its place.
             poll_s: how often to look for requests of other processes.
+            inbox_poll_s: how often to look for requests of other machines in the replica: one LIST, and less often (30 s) while nothing comes.
             stop_timeout_s: when leaving the context, how long bodies may take to end before they are cut short.
             keep: files and objects of runs that ended are deleted after this time, their ids stay taken; None keeps them for ever.
             only: take up this run alone, and its children; all others are left as they are.
@@ -105,12 +107,13 @@ class Engine(Requests):
             faults: for tests: called with a run's id and "before" or "after" around each of its commits, in a thread.
         """
         super().__init__()
+        self.poll_s = poll_s
         self.folder = Path(folder)
         self.sender = who()
         self._concurrency = concurrency
         self._threads = threads
         self._park_after_s = park_after_s
-        self._poll_s = poll_s
+        self._inbox_poll_s = inbox_poll_s
         self._stop_timeout_s = stop_timeout_s
         self._keep = keep
         self._only = only
@@ -141,7 +144,9 @@ class Engine(Requests):
             self._loop = asyncio.get_running_loop()
             self._context = contextvars.copy_context()
             if self._replica is not None:
+                from workflow.bucket import Marks
                 from workflow.durability import Replication
+                from workflow.inbox import Inbox
                 from workflow.remote import BucketDesk
 
                 self._replication = Replication(
@@ -149,6 +154,7 @@ class Engine(Requests):
                 )
                 self._objects = self._replication.objects
                 self._remote = BucketDesk(self._replica, self.sender)
+                self._post = Postman(Inbox(self._replica), Marks(self._replica, "_refused"), Marks(self._replica, "_hosts", shard="all"))
                 self._replication.on_lost = self._on_lost
                 await self._replication.take_over()
             self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
@@ -178,12 +184,15 @@ class Engine(Requests):
         except BaseException:
             if self._replication is not None:
                 await self._replication.close(release=True)
-            if self._remote is not None:
+            if self._remote is not None and self._post is not None:
                 self._remote.close()
+                self._post.close()
             os.close(self._lock)
             raise
         self._is_open = True
-        self._poller = self._loop.create_task(self._poll())
+        self._pollers = {self._loop.create_task(self._poll())}
+        if self._post is not None:
+            self._pollers.add(self._loop.create_task(self._poll_inbox()))
         try:
             await self._recover()
         except BaseException:
@@ -194,8 +203,7 @@ class Engine(Requests):
     async def __aexit__(self, *_: object) -> None:
         """Let bodies that run end, for a while; record, close, and free the folder. What is not finished goes on at the next start."""
         self._is_closing = True
-        self._poller.cancel()
-        await asyncio.wait({self._poller})
+        await self._stop_polling()
         self._ready.clear()
         end = self._loop.time() + self._stop_timeout_s
         for active in list(self._active.values()):
@@ -210,6 +218,11 @@ class Engine(Requests):
             await asyncio.wait([active.task for active in self._active.values() if active.task], timeout=1.0)
         await self._close()
 
+    async def _stop_polling(self) -> None:
+        for poller in self._pollers:
+            poller.cancel()
+        await asyncio.wait(self._pollers)
+
     async def _close(self, *, release: bool = True) -> None:
         while self._helpers:
             await asyncio.wait(self._helpers)
@@ -218,8 +231,9 @@ class Engine(Requests):
         await self._intake.close()
         if self._replication is not None:
             await self._replication.close(release=release)
-        if self._remote is not None:
+        if self._remote is not None and self._post is not None:
             await asyncio.to_thread(self._remote.close)
+            await asyncio.to_thread(self._post.close)
         await self._lanes.close()
         self._bodies.shutdown(wait=False)
         self._flow_threads.shutdown(wait=False)
@@ -234,8 +248,7 @@ class Engine(Requests):
         if not self._is_open:
             return
         self._is_closing = True
-        self._poller.cancel()
-        await asyncio.wait({self._poller})
+        await self._stop_polling()
         self._ready.clear()
         for helper in self._helpers:
             helper.cancel()
@@ -343,7 +356,7 @@ class Engine(Requests):
         """Look for requests of other processes: one `stat` each time, a query when it has changed."""
         seen: object = None
         while True:
-            await asyncio.sleep(self._poll_s)  # what is there at the start is seen by `_recover`
+            await asyncio.sleep(self.poll_s)  # what is there at the start is seen by `_recover`
             now = self._intake.stat()
             if now == seen:
                 continue

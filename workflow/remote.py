@@ -95,6 +95,8 @@ def indexed_of(path: Path) -> Indexed:
 class BucketDesk:
     """Where requests go and answers come from, for runs that are only known by their replica (see `client.Desk`)."""
 
+    poll_s = POLL_S[0]
+
     def __init__(self, url: str, sender: str) -> None:
         """Nothing is contacted yet. Raises `ConfigError`: a malformed URL."""
         self.url = url

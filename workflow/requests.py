@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -9,8 +10,9 @@ import sqlite3
 from typing import Any
 
 from workflow import intake as ik
+from workflow import journal as jr
 from workflow.context import Flow, flows
-from workflow.errors import Conflict, Parked, Refused, WorkflowError
+from workflow.errors import Conflict, Parked, Refused, Unreadable, WorkflowError
 from workflow.forks import Forks
 from workflow.intake import Indexed, Request
 from workflow.journal import Event
@@ -21,6 +23,8 @@ from workflow.values import digest, encode, loads
 __all__ = ["Requests"]
 
 log = logging.getLogger(__name__)
+
+MAX_PRIORITY = 1 << 31
 
 
 class Requests(Forks):
@@ -106,7 +110,7 @@ class Requests(Forks):
                 await self._fork(request)
             else:
                 await self._for_instance(request)
-        except (WorkflowError, ValueError, KeyError, TypeError) as error:
+        except (WorkflowError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             await self._refuse(request, str(error))
         finally:
             self._pending -= 1
@@ -114,9 +118,16 @@ class Requests(Forks):
     async def _for_instance(self, request: Request, tries: int = 10) -> None:
         found = await self._known(request.instance)
         if found is None:
-            raise Refused(request.instance, "there is no such run")
+            if self._remote is None or await self._remote.indexed(request.instance) is None:
+                raise Refused(request.instance, "there is no such run")
+            await asyncio.to_thread(self._remote.forward, request)
+            await self._intake.do(functools.partial(ik.done, request=request.id))
+            return
+        if request.kind == "event":
+            loads(str(loads(request.body)["payload"]))  # what is no JSON is refused now, not by the flow
         if found.status in ENDED:
-            if request.kind == "event" and not loads(request.body)["type"].startswith("child:"):
+            is_from_outside = request.kind == "event" and not str(loads(request.body)["type"]).startswith("child:")
+            if is_from_outside and not await self._had(request):
                 raise Refused(request.instance, f"the run is {found.status}")
             await self._intake.do(functools.partial(ik.done, request=request.id))
             return
@@ -134,6 +145,12 @@ class Requests(Forks):
             self._wake(request.instance)
         elif found.status != "queued" and request.instance not in self._ready_ids and self._is_wanted(request.instance) and tries:
             await self._for_instance(request, tries - 1)  # it has ended since we asked
+
+    async def _had(self, request: Request) -> bool:
+        """Say whether a run that has ended got a request, which comes again."""
+        with contextlib.suppress(Unreadable):
+            return request.id in (await asyncio.to_thread(jr.read, await self._local(request.instance))).seen
+        return False
 
     async def _apply(self, id: str, active: Active, request: Request) -> None:
         """Let a run in memory record a request; then the intake may forget it."""
@@ -174,6 +191,8 @@ class Requests(Forks):
         if flow is None:
             raise Refused(request.instance, f"this engine knows no flow {body['flow']!r}")
         check_id(request.instance)
+        if not -MAX_PRIORITY <= int(body["priority"]) <= MAX_PRIORITY:
+            raise ValueError(f"not a priority: {body['priority']}")
         flow.signature.decode(str(body["input"]), self.reader)
         is_conflict = await self._start(flow, request.instance, str(body["input"]), int(body["priority"]), flow.durability, is_chosen=True)
         if is_conflict:
