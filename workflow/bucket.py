@@ -134,8 +134,8 @@ class Marks:
 
 
 def shard_of(id: str) -> str:
-    """Return which of the 64 shards a run is in: two digits."""
-    return f"{hashlib.sha256(id.encode()).digest()[0] % SHARDS:02d}"
+    """Return which of the 64 shards a run is in, two digits: the one of its oldest ancestor, so that a family is in one."""
+    return f"{hashlib.sha256(id.partition('.')[0].encode()).digest()[0] % SHARDS:02d}"
 
 
 def object_name(name: str) -> str:

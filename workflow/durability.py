@@ -26,9 +26,10 @@ from typing import ParamSpec, TypeVar
 from replicator import Replicator, ReplicatorError, open_client, restore
 from replicator.errors import Fenced, LineageMismatch, NoBackups
 from replicator.levels import History
+from replicator.takeover import seed_table
 from workflow import journal as jr
 from workflow.bucket import Marks, ReplicaObjects
-from workflow.errors import Elsewhere, Refused
+from workflow.errors import Elsewhere, Refused, Unreadable
 from workflow.ownership import Ownership, below
 
 __all__ = ["Replication"]
@@ -93,12 +94,10 @@ class Replication:
         path, name = self._folder / ".host" / "intake.db", f"_hosts/{self.host}"
         for left in reversed(range(ATTACH_TRIES)):
             was_here = path.exists()
-            txid = 0 if was_here else self._restore(name, path)
-            if not path.exists():
+            if not was_here and not self._restore(name, path):
                 return  # it begins here
             replicator = self._replicator(path, name)
             try:
-                replicator.adopt(txid)
                 self._intake = replicator.start()
             except Fenced:
                 # The owner before us stored something between the restore and the claim; after the claim it cannot.
@@ -130,11 +129,14 @@ class Replication:
         return bool(self._restore(id, self._path(id)))
 
     def _restore(self, name: str, path: Path) -> int:
-        """Return the TXID that was restored; 0 when nothing is stored."""
-        try:
-            return restore(below(self._url, name), path).txid
-        except NoBackups:
-            return 0
+        """Return the TXID that was restored; 0 when nothing is stored. What is here is known as that state, so that it can be gone on from."""
+        with contextlib.closing(open_client(below(self._url, name))) as client:
+            try:
+                txid = restore(client, path).txid
+            except NoBackups:
+                return 0
+            seed_table(client, path, self._meta(name) / "pyrepl", txid)
+            return txid
 
     async def attach(self, id: str, *, is_new: bool, is_contested: bool = False) -> None:
         """Claim a run and begin to replicate its file, which may be replaced by what the replica has. Nobody else may have it open.
@@ -155,13 +157,12 @@ class Replication:
         error: ReplicatorError | None = None
         for _ in range(ATTACH_TRIES):
             self.ownership.check()  # a lost lease must not be asked for again by a replicator
-            txid = 0
             if not path.exists():
-                txid = self._restore(id, path)
+                if not self._restore(id, path):
+                    raise Unreadable(str(path), f"it is neither here nor in {self._url}")
                 self._check_owner_of(id, path)
             replicator = self._replicator(path, id)
             try:
-                replicator.adopt(txid)
                 replicator.start()
                 if not is_new or is_contested:
                     replicator.wait(timeout_s=WAIT_S)  # a start alone waits in the background for a store that is away
@@ -187,8 +188,6 @@ class Replication:
 
     def _check_owner_of(self, id: str, path: Path) -> None:
         """Let a restored file be this host's, or leave it to its owner. Raises `Elsewhere`."""
-        if not path.exists():
-            return
         instance = jr.read(path).instance
         if instance.owner is not None and instance.owner != self.host:
             self._drop(id, with_salvage=False)
@@ -219,12 +218,10 @@ class Replication:
         for _ in range(ATTACH_TRIES):
             self.ownership.check()
             self._drop(id, with_salvage=False)
-            txid = self._restore(id, path)
-            if not txid:
+            if not self._restore(id, path):
                 raise Refused(id, f"{self._url} has no such run")
             replicator = self._replicator(path, id)
             try:
-                replicator.adopt(txid)
                 replicator.start().wait(timeout_s=WAIT_S)
             except Fenced as fenced:  # its owner is alive, and was faster
                 error = fenced

@@ -96,7 +96,8 @@ class Engine(Post):
             threads: for plain functions, as steps; as flows they have `concurrency` more.
             park_after_s: a run that only waits leaves memory after so many seconds, or at once when others want its place.
             poll_s: how often to look for requests of other processes.
-            inbox_poll_s: how often to look for requests of other machines in the replica: one LIST, and less often (30 s) while nothing comes.
+            inbox_poll_s: how often to look for requests of other machines in the replica: one LIST, and less often (30 s) while nothing comes;
+                0 for never, see `look_into_inbox`.
             stop_timeout_s: when leaving the context, how long bodies may take to end before they are cut short.
             keep: files and objects of runs that ended are deleted after this time, their ids stay taken; None keeps them for ever.
             only: take up this run alone, and its children; all others are left as they are.
@@ -191,7 +192,7 @@ class Engine(Post):
             raise
         self._is_open = True
         self._pollers = {self._loop.create_task(self._poll())}
-        if self._post is not None:
+        if self._post is not None and self._inbox_poll_s:
             self._pollers.add(self._loop.create_task(self._poll_inbox()))
         try:
             await self._recover()
@@ -480,7 +481,11 @@ class Engine(Post):
             found = await self._known(id)
             if found is None:
                 raise Refused(id, "there is no such run")
-            if found.status in ENDED or (id in self._parked and id not in self._active):
+            if found.status in ENDED:
+                return found.status
+            if id in self._parked and id not in self._active:
+                found = await self._known(id)  # what the index was told when it parked
+                assert found is not None
                 return found.status
             await asyncio.sleep(0.01)
 

@@ -31,7 +31,7 @@ class Forks(Running):
         found = await self._known(request.instance)
         if self._replication is not None and request.instance in self._active:
             await self._replication.barrier(request.instance)
-        if found is None or not self._path(request.instance).exists():
+        if found is None or not (await self._local(request.instance)).exists():
             raise ForkRefused(request.instance, "there is no such run, or it has not begun")
         temporary = self.folder / f".{new}.fork.tmp"
         lane = self._lanes.next()

@@ -51,6 +51,7 @@ class Postman:
     """For somebody else, or nobody, so far, and since when they are known."""
     host_names: list[str] = field(default_factory=list)
     hosts_at: float | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def close(self) -> None:
         """Release connections."""
@@ -77,22 +78,31 @@ class Post(Requests):
             delay = self._inbox_poll_s if busy else min(delay * QUIET, max(LONGEST_S, self._inbox_poll_s))
             await asyncio.sleep(delay)
 
-    async def look_into_inbox(self) -> bool:
+    async def look_into_inbox(self, found: dict[str, Request] | None = None) -> bool:
         """Take in what other machines ask for, and forget what is done; returns whether anything was there. Nothing without a replica.
+
+        Args:
+            found: what a look has found already, all of it for this engine: one look may serve the engines of a process.
 
         Raises:
             ReplicatorError: the replica cannot be read, or written.
         """
-        post = self._post
-        if post is None or self._lost is not None:
+        if self._post is None or self._lost is not None:
             return False
-        found = await asyncio.to_thread(post.inbox.look, [*post.taken, *post.others])
+        async with self._post.lock:
+            return await self._look(self._post, found)
+
+    async def _look(self, post: Postman, found: dict[str, Request] | None) -> bool:
+        is_given = found is not None
+        if found is None:
+            found = await asyncio.to_thread(post.inbox.look, [*post.taken, *post.others])
         now = self._clock.monotonic()
-        post.others |= {name: (request, now) for name, request in found.items()}
-        await self._look_for_hosts(post, now)
+        post.others |= {name: (request, now) for name, request in found.items() if name not in post.taken and name not in post.others}
+        if not is_given:
+            await self._look_for_hosts(post, now)
         # A start comes before what is sent to the run, whatever its name.
         for name, (request, since) in sorted(post.others.items(), key=lambda item: item[1][0].kind != "start"):
-            if await self._is_ours(post, request, now - since):
+            if is_given or await self._is_ours(post, request, now - since):
                 await self._intake.do(functools.partial(ik.add_request, request=request))
                 await self._dispatch(request)
                 post.taken[name] = request

@@ -124,13 +124,13 @@ class Running(Places):
 
     async def _file(self, id: str, lane: Lane, start: Request | None) -> tuple[Path, bool, bool]:
         """Return the path of a run's file, whether it was made now, and whether another host may have begun the same run."""
-        path = self._path(id) if start is not None else await self._local(id)
+        path = self._path(id)
         if start is None and not path.exists():
             requests = await self._intake.do(functools.partial(ik.requests_of, id=id))
             start = next((request for request in requests if request.kind == "start"), None)
-            if start is None:
+            if start is None and self._replication is None:
                 raise Quarantine(f"its file is missing: {path}")
-        if start is None:
+        if start is None:  # where it is missing, it comes from the replica when it is claimed
             return path, False, False
         body = loads(start.body)
         parent = body.get("parent") or (None, None)
