@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from replicator import open_client
@@ -62,17 +61,21 @@ class ReplicaObjects:
         """Give another run an object of its own."""
         self.put(target, sha256, self.get(source, sha256))
 
-    def delete(self, home: str, objects: Iterable[str]) -> None:
-        """Delete objects of a run."""
-        self._store.delete_objects([_name(home, sha256) for sha256 in objects])
+    def delete(self, home: str) -> None:
+        """Delete all objects of a run."""
+        self._store.delete_folder(_home(home))
 
     def close(self) -> None:
         """Release connections."""
         self._store.close()
 
 
+def _home(home: str) -> str:
+    return f"generations/{home if len(home) <= 128 else hashlib.sha256(home.encode()).hexdigest()}"
+
+
 def _name(home: str, sha256: str) -> str:
-    return f"generations/{home if len(home) <= 128 else hashlib.sha256(home.encode()).hexdigest()}/{sha256}"
+    return f"{_home(home)}/{sha256}"
 
 
 class Marks:

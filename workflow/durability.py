@@ -18,7 +18,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -155,6 +155,8 @@ class Replication:
     def _attach(self, id: str, is_new: bool, is_contested: bool) -> None:
         path = self._path(id)
         error: ReplicatorError | None = None
+        if is_new and is_contested:
+            self._check_not_ended(id)
         for _ in range(ATTACH_TRIES):
             self.ownership.check()  # a lost lease must not be asked for again by a replicator
             if not path.exists():
@@ -273,22 +275,51 @@ class Replication:
             self._behind[id] = error
             log.warning("not all is replicated id=%s error=%r", id, str(error))
 
-    async def mark_done(self, id: str, status: str, error: str | None, at: str) -> None:
+    async def mark_done(self, id: str, status: str, error: str | None, at: str, what: tuple[str, str]) -> None:
         """Tell other machines that a run has ended: nobody restores it any more, but to look at it. Raises `ReplicatorError`: not all of it is stored."""
         if id in self._behind:
             raise self._behind[id]
-        await self._run(self._done.put, id, {"status": status, "error": error, "finished_at": at, "host": self.host})
+        facts = {"status": status, "error": error, "finished_at": at, "host": self.host, "flow": what[0], "input_sha256": what[1]}
+        await self._run(self._done.put, id, facts)
 
-    def forget(self, id: str, objects: Iterable[str]) -> None:
-        """Delete a run's replica and its objects; blocks."""
-        client = open_client(below(self._url, id))
-        try:
+    def _check_not_ended(self, id: str) -> None:
+        """Keep an id taken whose run has ended, also when nothing else is left of it. Raises `Elsewhere`."""
+        mark = self._done.get(id)
+        if mark is not None and mark.get("host") != self.host:
+            self._drop(id, with_salvage=True)
+            raise Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
+
+    def restore_boundary(self, id: str, path: Path, number: int, count: int) -> bool:
+        """Restore a run as it stood at a place in its order of finishing, before any later transaction step; False when no TXID is of that place. Blocks.
+
+        Args:
+            count: how many records are final up to `number`.
+
+        Raises:
+            ReplicatorError: the replica cannot be read.
+        """
+        with contextlib.closing(open_client(below(self._url, id))) as client:
+            txids = [info.max_txid for info in client.list(0)]
+            low, high = 0, len(txids)
+            while low < high:  # the newest of the states that are not past it
+                middle = (low + high) // 2
+                restore(client, path, txid=txids[middle], force=True)
+                if jr.stands_at(path, number, count) > 0:
+                    high = middle
+                else:
+                    low = middle + 1
+            if not low:
+                return False
+            restore(client, path, txid=txids[low - 1], force=True)
+            return jr.stands_at(path, number, count) == 0
+
+    def forget(self, id: str) -> None:
+        """Delete a run's replica, and what is known here about it; its mark stays, so that no other host begins it anew. Blocks."""
+        with contextlib.closing(open_client(below(self._url, id))) as client:
             for level in range(10):
                 client.delete(client.list(level))
             client.delete_control("pyrepl/lineage.json")
-        finally:
-            client.close()
-        self.objects.delete(id, objects)
+        shutil.rmtree(self._meta(id), ignore_errors=True)
 
     async def close(self, *, release: bool = True) -> None:
         """Store the rest of the intake and stop. The lease is released when everything is stored; else it runs out by itself.

@@ -333,25 +333,27 @@ class Engine(Post):
             self.timers.at(self._clock.monotonic() + SWEEP_S, lambda: self._help(self._sweep()))
 
     async def sweep(self, keep: timedelta) -> list[str]:
-        """Delete files and objects of runs that ended longer ago; returns their ids, which stay taken."""
+        """Delete runs that ended longer ago: replica, file, and objects, in this order; returns their ids, which stay taken.
+
+        Each of the three can be done again, and the index says that a run is gone when all are. Refusals of that age go, too.
+        """
         limit = iso(self._clock.now() - keep)
         gone: list[str] = []
         while found := await self._intake.do(functools.partial(ik.ended_before, at=limit, limit=100)):
             await asyncio.to_thread(self._delete, found)
             await self._intake.do(functools.partial(ik.set_gone, ids=found, at=self._now()))
             gone += found
+        if self._post is not None:
+            await asyncio.to_thread(self._post.refused.delete_before, int((self._clock.now() - keep).timestamp() * 1e9))
         return gone
 
     def _delete(self, ids: list[str]) -> None:
         for id in ids:
-            path = self._path(id)
-            objects = list(jr.objects_of(path)) if path.exists() else []
             if self._replication is not None:
-                self._replication.forget(id, objects)
-            else:
-                self._objects.delete(id, objects)
+                self._replication.forget(id)
             for suffix in ("", "-wal", "-shm"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
+                Path(f"{self._path(id)}{suffix}").unlink(missing_ok=True)
+            self._objects.delete(id)
 
     async def _poll(self) -> None:
         """Look for requests of other processes: one `stat` each time, a query when it has changed."""

@@ -174,10 +174,16 @@ class Running(Places):
         """Mark a run as ended for other machines, when its replica has its end; until then it counts as broken off here, and is tried again."""
         assert self._replication is not None
         try:
-            await self._replication.mark_done(id, ending.status, ending.error, self._now())
+            await self._mark_done(id, ending.status, ending.error)
         except Exception as error:
             return Ending("broken", failure=error)
         return ending
+
+    async def _mark_done(self, id: str, status: str, error: str | None) -> None:
+        found = await self._known(id)
+        assert self._replication is not None
+        what = (found.flow, found.input_sha256) if found is not None else ("", "")
+        await self._replication.mark_done(id, status, error, self._now(), what)
 
     async def _leave(self, id: str, active: Active, ending: Ending) -> None:
         match ending.kind:
@@ -251,7 +257,7 @@ class Running(Places):
         error = encode({"type": "Quarantined", "message": reason, "attempts": 0}, "error")[0]
         if self._replication is not None:
             with contextlib.suppress(Exception):  # the index has it, which is replicated, too
-                await self._replication.mark_done(id, "quarantined", error, self._now())
+                await self._mark_done(id, "quarantined", error)
         found = await self._known(id)
         self._ended(id, found.parent_id if found is not None else None, Ending("ended", "quarantined", error=error))
 
