@@ -102,6 +102,8 @@ class Tenant:
         """The newest raw file was written under the very term that is in force: no other claim can have followed."""
         self.newest = TXID(0)
         """The newest raw file at the last look: whatever is newer when the database joins came after it."""
+        self.is_new = False
+        """Nobody has ever stored anything in the replica: there is nothing to look at. Creating the first file finds out when that is wrong."""
         self._token = 0
         self._numbers: list[int] = []
         self._instances: list[str] = []
@@ -140,6 +142,9 @@ class Tenant:
         """
         self.has_claimed = False
         self.newest = TXID(0)
+        if self.is_new:
+            self.is_new = False
+            return None
         found = newest_raw(client)
         if found is None:
             return None

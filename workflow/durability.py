@@ -165,6 +165,8 @@ class Replication:
                 self._check_owner_of(id, path)
             replicator = self._replicator(path, id)
             try:
+                if is_new and not is_contested and error is None:
+                    replicator.assume_empty()
                 replicator.start()
                 if not is_new or is_contested:
                     replicator.wait(timeout_s=WAIT_S)  # a start alone waits in the background for a store that is away

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from replicator import Replicator
-from replicator.errors import ConditionsIgnored, ConfigError, Fenced, LeaseHeld, LeaseLost, ReplicatorError, StorageUnavailable
+from replicator.errors import (
+    ConditionsIgnored,
+    ConfigError,
+    Fenced,
+    LeaseHeld,
+    LeaseLost,
+    LineageMismatch,
+    ReplicatorError,
+    StorageUnavailable,
+)
 from replicator.format.lock import token_of
 from replicator.format.ltx import decode_file, decode_header
 from replicator.lease import Lease, LeaseTerms, release_lock
@@ -204,6 +213,31 @@ def test_what_a_living_owner_stores_between_the_look_and_the_join_is_not_overwri
     for lease in leases:
         lease.close()
     assert [header.min_txid for header, _ in raw_files(client)] == [1]
+    assert len(rows(restored(client, tmp_path))) == 7
+
+
+def test_a_replica_that_is_taken_for_empty_is_not_listed_and_one_that_is_not_is_refused(tmp_path):
+    class Counting(MemoryClient):
+        lists = 0
+
+        def list(self, level, **options):
+            self.lists += 1
+            return super().list(level, **options)
+
+    client = Counting.named("taken-for-empty")
+    lease = Lease(MemoryClient.named("taken-for-empty-lease"), ttl_s=60.0)
+    for name, count in (("a.db", 7), ("b.db", 3)):
+        insert(connect(tmp_path / name), count)
+    first = Replicator(tmp_path / "a.db", client, lease=lease, history=None)
+    first.assume_empty()
+    first.start().wait(timeout_s=20)
+    first.close()
+    assert client.lists == 0
+    second = Replicator(tmp_path / "b.db", Counting.named("taken-for-empty"), lease=lease, history=None)
+    second.assume_empty()
+    with pytest.raises(LineageMismatch):
+        second.start()
+    lease.close()
     assert len(rows(restored(client, tmp_path))) == 7
 
 

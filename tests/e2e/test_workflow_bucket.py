@@ -324,6 +324,50 @@ def test_requests_that_a_quiet_inbox_a_status_and_a_result_cost(url: str, tmp_pa
     asyncio.run(run())
 
 
+@step
+async def one(number: int) -> int:
+    return number
+
+
+@flow
+async def ten() -> int:
+    for number in range(10):
+        await one(number)
+    return 10
+
+
+@BOTH
+def test_a_local_run_of_ten_steps_costs_three_puts_and_no_list(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what the host stores for all its runs: its intake and its lease."""
+    calls: list[str] = []
+    kind = type(open_client(url))
+
+    def counted(name: str) -> None:
+        real = getattr(kind, name)
+
+        def call(self: Any, *args: Any, **options: Any) -> Any:
+            if f"{url.partition('?')[0]}/_hosts" not in self.url:
+                calls.append(name)
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(kind, name, call)
+
+    async def run() -> None:
+        async with Engine(tmp_path / "a", replica=url, inbox_poll_s=3600, sync_interval_s=60.0) as engine:
+            await asyncio.sleep(0.5)
+            for name in ("list", "list_folders", "list_objects", "open", "open_object", "get_control", "put", "put_control", "put_object"):
+                counted(name)
+            assert await (await engine.start(ten)).result() == 10
+
+            async def is_over() -> bool:
+                return not engine._active
+
+            await until(is_over)
+        assert calls == ["put_control", "put", "put_object"]  # its lineage, its file, and its mark
+
+    asyncio.run(run())
+
+
 def test_marks_are_deleted_by_age(tmp_path: Path) -> None:
     marks = Marks(f"file://{tmp_path}/root", "_refused")
     for number in range(5):
