@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from replicator.errors import StorageUnavailable
 from workflow import Engine, barrier, flow, receive, step
 from workflow.errors import Conflict, FolderInUse, HostInUse
 
@@ -150,29 +151,64 @@ def test_a_run_that_another_host_has_claimed_is_refused_to_its_former_one(tmp_pa
     assert len(_ran) == 2
 
 
-def test_no_body_begins_when_the_lease_is_over_and_all_go_on_when_it_is_renewed(tmp_path: Path) -> None:
+@step
+async def slow(number: int) -> int:
+    await asyncio.sleep(0.1)
+    return number
+
+
+@flow
+async def counts() -> list[int]:
+    return [await slow(number) for number in range(20)]
+
+
+def test_a_run_that_is_claimed_while_it_runs_is_stopped_and_the_rest_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        async with Engine(tmp_path / "a", replica=f"file://{tmp_path}/root", lease_ttl_s=1.0) as engine:
+        url = f"file://{tmp_path}/root"
+        async with Engine(tmp_path / "a", replica=url, host="a") as a, Engine(tmp_path / "b", replica=url, host="b") as b:
+            mine, stays = await a.start(counts, id="it"), await a.start(counts, id="stays")
+            async with asyncio.timeout(20):
+                while len(await mine.steps()) < 4:
+                    await asyncio.sleep(0.01)
+            assert await (await b.take("it")).result() == list(range(20))
+            assert await mine.result() == list(range(20))  # a asks the replica
+            assert await stays.result() == list(range(20))
+            assert {run.id for run in await a.runs()} == {"stays"}
+            assert a._lost is None
+
+    asyncio.run(run())
+    assert "run is another host's id=it owner=b" in caplog.text
+
+
+@pytest.mark.parametrize("park_after_s", [3600.0, 0.0])
+def test_no_body_begins_when_the_lease_is_over_and_all_go_on_when_it_is_renewed(tmp_path: Path, park_after_s: float) -> None:
+    """The run waits in memory, or outside; the store that has the lease does not answer, the run's own does."""
+
+    def is_away() -> None:
+        raise StorageUnavailable("the store is away")
+
+    async def run() -> None:
+        async with Engine(tmp_path / "a", replica=f"file://{tmp_path}/root", lease_ttl_s=1.0, park_after_s=park_after_s) as engine:
             await engine.start(asked, "one", id="it")
-            await status_is(engine, "it", "waiting")
+            await status_is(engine, "it", "waiting" if not park_after_s else "running")
+            async with asyncio.timeout(20):
+                while _ran != ["one"] or (engine.parked == 0 and not park_after_s):
+                    await asyncio.sleep(0.01)
             assert engine._replication is not None
             lease = engine._replication.ownership.lease
-            lease.close(release=False)  # it is renewed no more
+            lease.renew = is_away  # type: ignore[method-assign]
             async with asyncio.timeout(10):
                 while lease.status().state == "held":
                     await asyncio.sleep(0.01)
             await engine.run("it").send("answer", "two")
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(10):
+                while not engine._broken and not any(active.is_leaving for active in engine._active.values()):
+                    assert _ran == ["one"]
+                    await asyncio.sleep(0.01)
             assert _ran == ["one"]
-            lease.renew()
-            lease.acquire()
-            for _ in range(200):
-                if len(_ran) == 2:
-                    break
-                lease.renew()
-                await asyncio.sleep(0.05)
-            assert _ran == ["one", "two"]
+            del lease.renew
             assert await engine.run("it").result() == ["ONE", "TWO"]
+            assert _ran == ["one", "two"]
 
     _ran.clear()
     asyncio.run(run())
