@@ -216,6 +216,17 @@ def test_what_a_living_owner_stores_between_the_look_and_the_join_is_not_overwri
     assert len(rows(restored(client, tmp_path))) == 7
 
 
+@pytest.mark.parametrize("has_lease", [True, False])
+def test_an_empty_replica_keeps_its_lineage_where_a_lease_lets_the_first_file_decide(has_lease, tmp_path):
+    """Another writer has recorded it and is about to store its first file."""
+    client, recorded = MemoryClient.named(f"recorded-{has_lease}"), b'{"lineage": "000102030405060708090a0b0c0d0e0f"}\n'
+    client.put_control("pyrepl/lineage.json", recorded)
+    insert(connect(tmp_path / "a.db"), 3)
+    with Replicator(tmp_path / "a.db", client, lease=TERMS if has_lease else False, history=None):
+        pass
+    assert (b"000102030405060708090a0b0c0d0e0f" in client.get_control("pyrepl/lineage.json").data) is has_lease
+
+
 def test_a_replica_that_is_taken_for_empty_is_not_listed_and_one_that_is_not_is_refused(tmp_path):
     class Counting(MemoryClient):
         lists = 0
