@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 2 << 20
 """A payload of a mebibyte and what is around it; larger objects are not read."""
+MOST = 1000
+"""So many are read at a time; the rest waits for the next look."""
 _SHARD = re.compile(r"\d\d")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ULID = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")
@@ -61,7 +63,7 @@ class Inbox:
         return True
 
     def look(self, known: Iterable[str] = ()) -> dict[str, Request]:
-        """Return the requests that are there, by name of their object, oldest first in each shard; those in `known` are not read again."""
+        """Return the requests that are there, by name of their object, oldest first in each shard, `MOST` of them; those in `known` are not read again."""
         known = set(known)
         found: dict[str, Request] = {}
         for shard in self._store.list_folders("generations"):
@@ -72,6 +74,8 @@ class Inbox:
                 name = f"generations/{shard}/{item.name}"
                 if name in known or name in self._hostile:
                     continue
+                if len(found) >= MOST:
+                    return found
                 if not _NAME.fullmatch(item.name):
                     self._skip(name, "not a name of a request")
                 elif item.size > MAX_BYTES:

@@ -252,6 +252,23 @@ def test_what_is_no_request_is_skipped_and_counted_and_harms_nothing(tmp_path: P
     inbox.close()
 
 
+def test_a_flood_of_requests_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workflow.inbox.MOST", 10)
+    inbox = Inbox(f"file://{tmp_path}/root")
+    for number in range(25):
+        inbox.submit(Request(f"request-{number}", f"it-{number}", "cancel", "{}", None, "2026-01-01T00:00:00Z"))
+    seen: dict[str, Request] = {}
+    sizes = []
+    while found := inbox.look(seen):
+        sizes.append(len(found))
+        seen |= found
+    assert sizes == [10, 10, 5]
+    assert {request.instance for request in seen.values()} == {f"it-{number}" for number in range(25)}
+    inbox.delete(seen)
+    assert inbox.look() == {}
+    inbox.close()
+
+
 def test_requests_with_hostile_bodies_are_refused_and_the_engine_goes_on(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/root"
     start = {"flow": "conversation", "input": '{"text": "hello"}', "priority": 0}
