@@ -250,6 +250,7 @@ class Replicator:
         interval = sync_interval_s if sync_interval_s is not None else (REMOTE_INTERVAL_S if remote else LOCAL_INTERVAL_S)
         if sync == "commit":
             interval = 0.0
+        self._tenant = Tenant(self._lease, takeover=takeover, is_shared=not self._owns_lease) if self._lease is not None else None
         self._engine = self._writing.engine(
             self._path,
             self._replicas,
@@ -258,7 +259,7 @@ class Replicator:
             busy_timeout_s=busy_timeout_s,
             staging_limit_bytes=staging_limit_bytes,
             force_snapshot=force_snapshot,
-            tenant=Tenant(self._lease, takeover=takeover, is_shared=not self._owns_lease) if self._lease is not None else None,
+            tenant=self._tenant,
         )
         self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
         self._loop = EngineThread(
@@ -336,6 +337,16 @@ class Replicator:
         """
         if self._lease is not None and txid:
             seed_table(self._clients[0], self._path, self._engine.folder, TXID(txid))
+
+    def assume_empty(self) -> None:
+        """Take note, before `start`, that nobody has ever stored anything at the replicas: nothing is listed then. When that is wrong, the first create
+        finds out, and `start` or `wait` raises what it would have raised.
+        """
+        for replica in self._writing.replicas:
+            if isinstance(replica, Replica):
+                replica.assume_empty()
+        if self._tenant is not None:
+            self._tenant.is_new = True
 
     def _open(self) -> None:
         end = None if self._lease_timeout_s is None else time.monotonic() + self._lease_timeout_s

@@ -94,6 +94,9 @@ def join(
 ) -> Joined:
     """Open the replicas and the page table in `folder`, and make sure that they tell one history.
 
+    An empty replica may record a lineage: another writer is about to store its first file, or files were lost. With a lease TXID 1, which is created and
+    never overwritten, decides between two that begin at once, so that the later one takes the lineage that is there; without one it begins a lineage of its own.
+
     Args:
         listed: called when the replicas are listed, and the table is as it was; what it raises ends this.
 
@@ -113,9 +116,12 @@ def join(
             table = None
         if fresh:
             staging.clear()
-        lineage = new_lineage() if fresh else _lineage(online, recorded, table)
+            first = recorded[replicas[0].url]
+            lineage = first if first is not None and replicas[0].lease is not None and not force_snapshot else new_lineage()
+        else:
+            lineage = _lineage(online, recorded, table)
         for replica in online:
-            if fresh and recorded[replica.url] is not None:
+            if fresh and recorded[replica.url] not in (None, lineage):
                 replica.renew(lineage)
                 recorded[replica.url] = lineage
             replica.join(lineage, recorded[replica.url], known_txid=TXID(0) if force_snapshot else known.get(replica.url))

@@ -143,6 +143,7 @@ class Replica:
         self._files: dict[int, list[FileInfo]] = {}
         self._meanwhile: list[Callable[[], None]] | None = None
         self._recalled: bytes | None = None
+        self._is_new = False
 
     @property
     def url(self) -> str:
@@ -164,6 +165,10 @@ class Replica:
             StorageError: it cannot be read.
         """
         began = self._clock.now()
+        if self._is_new:
+            self._is_new = False
+            self.listed, self._alone_since = True, began
+            return None
         recalled = self._take_recalled()
         if recalled is None:
             self.relist()
@@ -261,6 +266,10 @@ class Replica:
         it was remembered for too long, the listing before that (see `_reread_s`).
         """
         self._recalled = remembered
+
+    def assume_empty(self) -> None:
+        """Let the first `open` take the replica for one that nobody has ever stored anything in. Creating the lineage, or the first file, finds out when that is wrong."""
+        self._is_new = True
 
     def _take_recalled(self) -> bytes | None:
         remembered, self._recalled = self._recalled, None

@@ -135,6 +135,8 @@ class Tenant:
         """The newest raw file was written under a lease, and by somebody else."""
         self.looked_at = TXID(0)
         """The newest raw file that the local state leads to."""
+        self.is_new = False
+        """Nobody has ever stored anything in the replica: there is nothing to look at. Creating the first file finds out when that is wrong."""
         self._token = 0
         self._numbers: list[int] = []
         self._instances: dict[str, Mapping[str, object]] = {}  # where their anchors are; nothing for leases of this database alone
@@ -184,6 +186,9 @@ class Tenant:
         """
         self.has_claimed = self.follows_another = False
         self.looked_at = TXID(0)
+        if self.is_new:
+            self.is_new = False
+            return None
         found = newest_raw(client)
         if found is None:
             return None

@@ -1,23 +1,26 @@
-"""`pyrepl wf`: look at the runs of a folder, and ask their engine for something.
+"""`pyrepl wf`: look at the runs of a folder, or of a bucket, and ask their engine for something.
 
-Looking opens files for reading and needs no engine; asking writes a request that the engine takes up, now or when it comes back. `gc` and `run` are
-engines themselves, and need the folder to be free. The command line belongs to `pyrepl`, which finds this module by name.
+Looking opens files for reading, from a bucket copies in a temporary folder, and needs no engine; asking writes a request that the engine takes up, now or when it
+comes back. `gc` and `run` are engines themselves, and need the folder, or the host in the bucket, to be free. The command line belongs to `pyrepl`, which finds
+this module by name.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from workflow import journal
-from workflow.client import Client
+from workflow.client import Client, FolderDesk
 from workflow.engine import Engine
 from workflow.errors import Unreadable
 from workflow.state import check_id
@@ -38,16 +41,63 @@ def main(flags: dict[str, str], arguments: Sequence[str]) -> int:
         WorkflowError: it could not be done.
     """
     if len(arguments) < 2 or arguments[0] not in SUBCOMMANDS:
-        raise Usage(f"say one of {', '.join(SUBCOMMANDS)}, and the folder of the runs")
+        raise Usage(f"say one of {', '.join(SUBCOMMANDS)}, and the folder of the runs, or the URL of their replica")
     names, command = SUBCOMMANDS[arguments[0]]
     given = list(arguments[2:])
     least = sum(not name.startswith("[") for name in names)
     if not least <= len(given) <= len(names):
-        raise Usage(f"{arguments[0]} takes a folder{''.join(f' {name}' for name in names)}")
-    folder = Path(arguments[1])
-    if not (folder / ".host" / "intake.db").exists():
-        raise Unreadable(str(folder), "no engine ever ran there")
-    return command(folder, flags, given)
+        raise Usage(f"{arguments[0]} takes a folder or URL{''.join(f' {name}' for name in names)}")
+    with contextlib.closing(Place(arguments[1], flags.get("sender"))) as place:
+        return command(place, flags, given)
+
+
+class Place:
+    """Where the runs are."""
+
+    def __init__(self, name: str, sender: str | None) -> None:
+        """Raises `Unreadable`: there are none."""
+        self.client = Client(name, sender=sender)
+        self.desk = self.client.desk
+        self.url = name if not isinstance(self.desk, FolderDesk) else None
+        if isinstance(self.desk, FolderDesk) and not (self.desk.folder / ".host" / "intake.db").exists():
+            raise Unreadable(name, "no engine ever ran there")
+        self._name = name
+
+    def path(self, id: str) -> Path:
+        """Return a run's file, or a copy of it. Raises `Unreadable`: there is none."""
+        check_id(id, longest=200)
+        if not isinstance(self.desk, FolderDesk):
+            return self.desk.path(id)
+        path = self.desk.folder / f"{id}.db"
+        if not path.exists():
+            raise Unreadable(str(path), "there is no such run in this folder, or it has not begun")
+        return path
+
+    def ids(self) -> list[str]:
+        """Return the runs that have a file."""
+        if isinstance(self.desk, FolderDesk):
+            return sorted(path.stem for path in self.desk.folder.glob("*.db") if not path.name.startswith("."))
+        runs = asyncio.run(self.client.runs())
+        return sorted(run.id for run in runs if run.gone_at is None and run.status != "queued")
+
+    @contextlib.contextmanager
+    def engine_folder(self) -> Iterator[Path]:
+        """Give the folder for an engine of one's own; for a bucket one that is empty and goes afterwards."""
+        if isinstance(self.desk, FolderDesk):
+            yield self.desk.folder
+            return
+        with tempfile.TemporaryDirectory(prefix="pyrepl-wf-") as name:
+            yield Path(name)
+
+    def host_of(self, id: str) -> str:
+        """Return the host whose run it is; "main" when nobody has it yet."""
+        with contextlib.suppress(Unreadable):
+            return journal.read(self.path(id)).instance.owner or "main"
+        return "main"
+
+    def close(self) -> None:
+        """Release connections and copies."""
+        self.client.close()
 
 
 def _print(flags: dict[str, str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
@@ -67,23 +117,16 @@ def _print(flags: dict[str, str], columns: Sequence[str], rows: Sequence[Sequenc
     return 0
 
 
-def _path(folder: Path, id: str) -> Path:
-    path = folder / f"{check_id(id, longest=200)}.db"
-    if not path.exists():
-        raise Unreadable(str(path), "there is no such run in this folder, or it has not begun")
-    return path
-
-
-def _list(folder: Path, flags: dict[str, str], _: list[str]) -> int:
-    runs = asyncio.run(Client(folder).runs())
+def _list(place: Place, flags: dict[str, str], _: list[str]) -> int:
+    runs = asyncio.run(place.client.runs())
     wanted = flags.get("status")
     shown = [run for run in runs if wanted is None or run.status == wanted]
     columns = ["id", "flow", "status", "wake_at", "created_at", "finished_at", "error"]
     return _print(flags, columns, [[getattr(run, name) for name in columns] for run in shown])
 
 
-def _show(folder: Path, flags: dict[str, str], given: list[str]) -> int:
-    loaded = journal.read(_path(folder, given[0]))
+def _show(place: Place, flags: dict[str, str], given: list[str]) -> int:
+    loaded = journal.read(place.path(given[0]))
     facts = asdict(loaded.instance)
     waits = [
         f"{record.key} ({record.kind}{f', until {record.wake_at}' if record.wake_at else ''})"
@@ -101,74 +144,79 @@ def _show(folder: Path, flags: dict[str, str], given: list[str]) -> int:
     )
 
 
-def _view(view: str) -> Callable[[Path, dict[str, str], list[str]], int]:
-    def command(folder: Path, flags: dict[str, str], given: list[str]) -> int:
-        return _print(flags, *journal.rows(_path(folder, given[0]), view))
+def _view(view: str) -> Callable[[Place, dict[str, str], list[str]], int]:
+    def command(place: Place, flags: dict[str, str], given: list[str]) -> int:
+        return _print(flags, *journal.rows(place.path(given[0]), view))
 
     return command
 
 
-def _ask(kind: str) -> Callable[[Path, dict[str, str], list[str]], int]:
-    def command(folder: Path, flags: dict[str, str], given: list[str]) -> int:
-        run = Client(folder).run(given[0])
+def _ask(kind: str) -> Callable[[Place, dict[str, str], list[str]], int]:
+    def command(place: Place, flags: dict[str, str], given: list[str]) -> int:
+        run = place.client.run(given[0])
         request = asyncio.run(getattr(run, kind)())
         return _print(flags, ["request", "run", "kind"], [[request, run.id, kind]])
 
     return command
 
 
-def _send(folder: Path, flags: dict[str, str], given: list[str]) -> int:
+def _send(place: Place, flags: dict[str, str], given: list[str]) -> int:
     try:
         payload = loads(given[2]) if len(given) > 2 else None
     except ValueError as error:
         raise Usage(f"the payload is not JSON ({error}): texts want quotes, as in '\"yes\"'") from None
-    run = Client(folder, sender=flags.get("sender")).run(given[0])
+    run = place.client.run(given[0])
     request = asyncio.run(run.send(given[1], payload, id=flags.get("id")))
     return _print(flags, ["request", "run", "event"], [[request, run.id, given[1]]])
 
 
-def _fork(folder: Path, flags: dict[str, str], given: list[str]) -> int:
-    run = Client(folder).run(given[0])
+def _fork(place: Place, flags: dict[str, str], given: list[str]) -> int:
+    run = place.client.run(given[0])
     fork = asyncio.run(run.fork(step=given[1], id=given[2] if len(given) > 2 else None))
     return _print(flags, ["run", "forked_from", "step"], [[fork.id, run.id, given[1]]])
 
 
-def _verify(folder: Path, flags: dict[str, str], given: list[str]) -> int:
-    paths = [_path(folder, given[0])] if given else sorted(path for path in folder.glob("*.db") if not path.name.startswith("."))
-    found = [(path.stem, journal.check(path)) for path in paths]
+def _verify(place: Place, flags: dict[str, str], given: list[str]) -> int:
+    found = [(id, journal.check(place.path(id))) for id in (given or place.ids())]
     _print(flags, ["id", "verdict"], [[id, "; ".join(problems) or "ok"] for id, problems in found])
     return int(any(problems for _, problems in found))
 
 
-def _gc(folder: Path, flags: dict[str, str], _: list[str]) -> int:
+def _gc(place: Place, flags: dict[str, str], _: list[str]) -> int:
     try:
         keep = timedelta(days=float(flags.get("keep-days", "30")))
     except ValueError:
         raise Usage(f"invalid value for -keep-days: {flags['keep-days']!r}") from None
 
     async def sweep() -> list[str]:
-        async with Engine(folder, keep=None, concurrency=0) as engine:
-            return await engine.sweep(keep)
+        with place.engine_folder() as folder:
+            async with Engine(folder, replica=place.url, host=flags.get("host", "main"), keep=None, concurrency=0) as engine:
+                return await engine.sweep(keep)
 
     return _print(flags, ["deleted"], [[id] for id in asyncio.run(sweep())])
 
 
-def _run(folder: Path, flags: dict[str, str], given: list[str]) -> int:
+def _run(place: Place, flags: dict[str, str], given: list[str]) -> int:
     if "flows" not in flags:
         raise Usage("say where the code is: -flows MODULE")
     sys.path.insert(0, str(Path.cwd()))
     importlib.import_module(flags["flows"])
 
     async def run() -> str:
-        async with Engine(folder, only=given[0], park_after_s=0.1) as engine:
-            return await engine.until_rest(given[0])
+        with place.engine_folder() as folder:
+            host = flags.get("host") or place.host_of(given[0])
+            async with Engine(folder, replica=place.url, host=host, only=given[0], park_after_s=0.1) as engine:
+                await engine.look_into_inbox()
+                status = await engine.until_rest(given[0])
+                await engine.look_into_inbox()  # what was taken in leaves it
+                return status
 
     status = asyncio.run(run())
     _print(flags, ["run", "status"], [[given[0], status]])
     return int(status not in ("done", "waiting", "paused"))
 
 
-SUBCOMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Path, dict[str, str], list[str]], int]]] = {
+SUBCOMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Place, dict[str, str], list[str]], int]]] = {
     "list": ((), _list),
     "show": (("ID",), _show),
     "timeline": (("ID",), _view("wf_timeline")),

@@ -1,7 +1,7 @@
-"""`Run`, a handle on one run, and `Client`, which talks to a folder's engine from any process on its machine.
+"""`Run`, a handle on one run, and `Client`, which talks to engines from any process on their machine, or through their bucket from any other.
 
-A request is a row in the engine's intake, durable before the call returns; nobody but the engine opens an instance file for writing. Status comes
-from the index, results and steps from the instance file, opened for reading.
+A request is a row in the engine's intake, or an object in the bucket's inbox (`remote.py`), durable before the call returns; nobody but the engine opens an
+instance file for writing. Status comes from the index, results and steps from the instance file, opened for reading.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from workflow import intake, journal
 from workflow.context import Flow, check_event, flows
@@ -25,16 +25,21 @@ from workflow.objects import LocalObjects, Objects, Reader
 from workflow.state import ENDED, Record, RunStatus, check_id, ulid
 from workflow.values import decode, digest, encode, iso, loads
 
-__all__ = ["Client", "Desk", "Run", "ending_of"]
+if TYPE_CHECKING:
+    from workflow.remote import BucketDesk
+
+__all__ = ["Client", "Desk", "FolderDesk", "Run", "desk_of", "ending_of", "who"]
 
 T = TypeVar("T")
 POLL_S = 0.05
 
 
 class Desk(Protocol):
-    """Where requests go and answers come from: an engine, or the files of one."""
+    """Where requests go and answers come from: an engine, the files of one, or a replica."""
 
     sender: str
+    poll_s: float
+    """How often it may be asked for what is not there yet."""
 
     async def submit(self, request: Request) -> None:
         """Accept a request durably. Raises `Refused`."""
@@ -51,6 +56,9 @@ class Desk(Protocol):
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""
 
+    def winner(self, id: str) -> tuple[str, str] | None:
+        """Return (flow, input digest) of the run that has an id, where it is not the one that was started with it here."""
+
     @property
     def reader(self) -> Reader:
         """Where artifacts are read from."""
@@ -59,11 +67,21 @@ class Desk(Protocol):
 class Run:
     """One run, wherever it is. Nothing is read before it is asked for."""
 
-    def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None = None, is_conflict: bool = False) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        id: str,
+        *,
+        flow: Flow[..., Any] | None = None,
+        is_conflict: bool = False,
+        wanted: tuple[str, str] | None = None,
+    ) -> None:
+        """`wanted`: flow and input digest of what was started."""
         self.id = id
         self._desk = desk
         self._flow = flow
         self._is_conflict = is_conflict
+        self._wanted = wanted
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -93,6 +111,9 @@ class Run:
         if self._is_conflict:
             raise Conflict(self.id)
         status, output, error = await self._desk.ending(self.id)
+        winner = self._desk.winner(self.id)
+        if self._wanted is not None and winner is not None and winner != self._wanted:
+            raise Conflict(self.id)
         if status != "done":
             facts = loads(error) if error and error.startswith("{") else {"type": "", "message": error or ""}
             raise RunFailed(self.id, status, facts["type"] or status.capitalize(), facts["message"])
@@ -154,12 +175,7 @@ class _Fork(Run):
         self._request = request
 
     async def _indexed(self) -> Indexed:
-        while (found := await self._desk.indexed(self.id)) is None:
-            reason = await self._desk.refusal(self._request)
-            if reason is not None:
-                raise Refused(self.id, reason)
-            await asyncio.sleep(POLL_S)
-        return found
+        return await _appears(self._desk, self.id, self._request)
 
     async def result(self) -> Any:
         await self._indexed()
@@ -188,47 +204,16 @@ def ending_of(path: Path, objects: Objects) -> tuple[RunStatus, str | None, str 
     return found.status, output, found.error
 
 
-class Client:
-    """Talk to the engine of a folder, from another process: start, send, ask. The engine need not be running meanwhile."""
+class FolderDesk:
+    """The files of an engine's folder (see `Desk`)."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, sender: str | None = None) -> None:
-        """Nothing is opened yet.
+    poll_s = POLL_S
 
-        Args:
-            sender: what the record says about who asked; user, host and process when not given.
-        """
-        self.folder = Path(folder)
-        self.sender = sender or who()
-        self._intake = self.folder / ".host" / "intake.db"
-        self._objects = LocalObjects(self.folder / ".objects")
-
-    def run(self, id: str) -> Run:
-        """Return the handle of a run."""
-        return Run(self, check_id(id, longest=200))
-
-    async def start(
-        self, flow: Callable[..., Any] | str, *args: Any, id: str | None = None, priority: int | None = None, **kwargs: Any
-    ) -> Run:
-        """Ask for a run; durable on return. The same id with the same input is the same run.
-
-        Args:
-            flow: the flow, or its name with the arguments as keywords where its code is not at hand.
-        """
-        id = check_id(id if id is not None else ulid(_now_ms()).lower())
-        if isinstance(flow, str):
-            if args:
-                raise TypeError("a flow that is given by name takes keyword arguments")
-            name, text, found = flow, encode(kwargs, f"arguments of {flow}")[0], flows.get(flow)
-        else:
-            if not isinstance(flow, Flow):
-                raise TypeError(f"not a flow: {flow!r}")
-            name, text, found = flow.name, flow.signature.encode(args, kwargs)[0], flow
-        body = {"flow": name, "input": text, "priority": priority if priority is not None else (found.priority if found else 0)}
-        request = Request(
-            f"start:{id}:{digest(name + text)[:16]}", id, "start", encode(body, "start")[0], self.sender, iso(datetime.now(UTC))
-        )
-        await self.submit(request)
-        return _Started(self, id, flow=found, name=name, input_sha256=digest(text))
+    def __init__(self, folder: Path, sender: str) -> None:
+        self.folder = folder
+        self.sender = sender
+        self._intake = folder / ".host" / "intake.db"
+        self._objects = LocalObjects(folder / ".objects")
 
     async def runs(self) -> list[Indexed]:
         """Return all runs of the folder, oldest first."""
@@ -262,6 +247,10 @@ class Client:
         """Return why a request was refused."""
         return await self._read(functools.partial(intake.refusal, request=request))
 
+    def winner(self, id: str) -> tuple[str, str] | None:
+        """No run is started here (see `Desk`)."""
+        return None
+
     @property
     def reader(self) -> Reader:
         """Where artifacts are read from."""
@@ -273,20 +262,101 @@ class Client:
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         return await asyncio.to_thread(intake.sql_read, self._intake, read)
 
+    def close(self) -> None:
+        """Nothing is open between calls."""
+
+
+class Client:
+    """Talk to the engine of a folder from another process, or to those of a bucket from another machine: start, send, ask. They need not be running meanwhile.
+
+    await Client("agents/").run("otters-1").send("approval", True)
+    await Client("s3://bucket/agents").run("otters-1").send("approval", True)
+    """
+
+    def __init__(self, place: str | os.PathLike[str], *, sender: str | None = None) -> None:
+        """Nothing is opened or contacted yet.
+
+        Args:
+            place: the engine's folder, or the URL of its replica. On a bucket a request is taken up when the owner looks, every few seconds; answers are
+                as new as the replica.
+            sender: what the record says about who asked; user, host and process when not given.
+
+        Raises:
+            ConfigError: a malformed URL.
+        """
+        self.sender = sender or who()
+        self.desk = desk_of(place, self.sender)
+
+    def run(self, id: str) -> Run:
+        """Return the handle of a run."""
+        return Run(self.desk, check_id(id, longest=200))
+
+    async def start(
+        self, flow: Callable[..., Any] | str, *args: Any, id: str | None = None, priority: int | None = None, **kwargs: Any
+    ) -> Run:
+        """Ask for a run; durable on return. The same id with the same input is the same run.
+
+        Args:
+            flow: the flow, or its name with the arguments as keywords where its code is not at hand.
+        """
+        id = check_id(id if id is not None else ulid(_now_ms()).lower())
+        if isinstance(flow, str):
+            if args:
+                raise TypeError("a flow that is given by name takes keyword arguments")
+            name, text, found = flow, encode(kwargs, f"arguments of {flow}")[0], flows.get(flow)
+        else:
+            if not isinstance(flow, Flow):
+                raise TypeError(f"not a flow: {flow!r}")
+            name, text, found = flow.name, flow.signature.encode(args, kwargs)[0], flow
+        body = {"flow": name, "input": text, "priority": priority if priority is not None else (found.priority if found else 0)}
+        request = Request(
+            f"start:{id}:{digest(name + text)[:16]}", id, "start", encode(body, "start")[0], self.sender, iso(datetime.now(UTC))
+        )
+        await self.desk.submit(request)
+        return _Started(self.desk, id, request=request.id, flow=found, wanted=(name, digest(text)))
+
+    async def runs(self) -> list[Indexed]:
+        """Return all runs, oldest first."""
+        return await self.desk.runs()
+
+    def close(self) -> None:
+        """Release connections and temporary files. Not needed for a folder."""
+        self.desk.close()
+
+
+def desk_of(place: str | os.PathLike[str], sender: str) -> FolderDesk | BucketDesk:
+    """Return where to ask about the runs of a folder, or of a replica by its URL. Raises `ConfigError`."""
+    if isinstance(place, str) and "://" in place:
+        from workflow.remote import BucketDesk
+
+        return BucketDesk(place, sender)
+    return FolderDesk(Path(place), sender)
+
 
 class _Started(Run):
-    """A run that the engine may not have taken up yet."""
+    """A run that no engine may have taken up yet."""
 
-    def __init__(self, desk: Desk, id: str, *, flow: Flow[..., Any] | None, name: str, input_sha256: str) -> None:
-        super().__init__(desk, id, flow=flow)
-        self._wanted = (name, input_sha256)
+    def __init__(self, desk: Desk, id: str, *, request: str, flow: Flow[..., Any] | None, wanted: tuple[str, str]) -> None:
+        super().__init__(desk, id, flow=flow, wanted=wanted)
+        self._request = request
 
     async def status(self) -> str:
         found = await self._desk.indexed(self.id)
         return found.status if found is not None else "queued"
 
     async def result(self) -> Any:
-        while (found := await self._desk.indexed(self.id)) is None:
-            await asyncio.sleep(POLL_S)
+        found = await _appears(self._desk, self.id, self._request)
         self._is_conflict = (found.flow, found.input_sha256) != self._wanted
         return await super().result()
+
+
+async def _appears(desk: Desk, id: str, request: str) -> Indexed:
+    """Wait until a run is known that was asked for. Raises `Refused`."""
+    delay = desk.poll_s
+    while (found := await desk.indexed(id)) is None:
+        reason = await desk.refusal(request)
+        if reason is not None:
+            raise Refused(id, reason)
+        await asyncio.sleep(delay)
+        delay = min(delay * 1.5, desk.poll_s * 10)
+    return found

@@ -178,7 +178,7 @@ def _figures(rows: list[tuple[str, str]]) -> None:
 
 
 async def _machine(folder: str, url: str, what: str) -> None:
-    async with Engine(folder, replica=url) as engine:
+    async with Engine(folder, replica=url, lease_ttl_s=2.0) as engine:
         if what == "start":
             await engine.start(research, "otters", id=ID)
         run = engine.run(ID)

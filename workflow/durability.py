@@ -1,16 +1,14 @@
-"""Instance files and the intake on a replica: the only module that imports `replicator`.
+"""Runs and the intake of a host on a replica: claim, replicate, restore.
 
-    <root>/<id>/...                 an instance file, as LTX
-    <root>/_hosts/<host>/...        the intake, as LTX
-    <root>/_hosts/<host>/owner.json who owns the host's runs: the folder that last took them over
-    <root>/_objects/generations/<id>/<sha256>  objects above a mebibyte
+    <root>/<id>/...             an instance file, as LTX
+    <root>/_hosts/<host>/...    the intake, as LTX, and who owns the host (see `ownership.py`)
 
-**Ownership.** Each folder has a random name of its own, in `.host/name`. An engine that starts reads the owner: if that is its folder, what is
-there is the newest there is, and only missing files are restored. If it is another, that other machine has gone on since: local files are moved aside
-and everything comes from the replica. The object is exchanged under a condition, so that of two engines that start at once one is refused. A writer that
-was taken over while it ran is stopped at its next append to a file that the new owner has touched, by the replica (`Fenced`).
+A run has a `Replicator` of its own while it is in memory, all of them under the host's one lease. Closing it stores the rest, so that a parked run is replicated.
 
-A run has a `Replicator` of its own while it is in memory. Closing it stores the rest, so that a parked run is replicated.
+**Claims.** A run is a host's when the newest file of its chain is one that the host has written, and each new one is created, never overwritten. So for a new run TXID 1
+decides: of two hosts that start the same id at once one creates it, and the other finds it taken. A run that comes back reads the end of its chain first. Whoever finds
+another writer there restores that state and looks whose it is (`wf_instance.owner`): an earlier folder of the same host, from which it goes on, or
+another host, to which it belongs now.
 """
 
 from __future__ import annotations
@@ -18,25 +16,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import json
 import logging
-import secrets
-import socket
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from replicator import Replicator, ReplicatorError, open_client, restore
-from replicator.errors import NoBackups, ObjectNotFound, PreconditionFailed
+from replicator.errors import Fenced, LineageMismatch, NoBackups
 from replicator.levels import History
-from replicator.storage.base import ObjectStore
-from workflow.errors import FolderInUse, MissingObject
-from workflow.values import iso
+from replicator.takeover import seed_table
+from workflow import journal as jr
+from workflow.bucket import Marks, ReplicaObjects
+from workflow.errors import Elsewhere, Refused, Unreadable
+from workflow.ownership import Ownership, below
 
-__all__ = ["ReplicaObjects", "Replication"]
+__all__ = ["Replication"]
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -44,166 +40,225 @@ T = TypeVar("T")
 
 WAIT_S = 60.0
 """So long may a barrier take; then the run leaves memory and is tried again later."""
-
-
-def below(url: str, name: str) -> str:
-    """Return the URL of something under a root; parameters stay at the end."""
-    path, mark, parameters = url.partition("?")
-    return f"{path.rstrip('/')}/{name}{mark}{parameters}"
-
-
-class ReplicaObjects:
-    """Large objects beside the replica, in a place of their own."""
-
-    def __init__(self, url: str) -> None:
-        client = open_client(below(url, "_objects"))
-        assert isinstance(client, ObjectStore)
-        self._store: ObjectStore = client
-
-    def put(self, home: str, sha256: str, data: bytes) -> None:
-        """Store bytes. The same ones again are no error."""
-        with contextlib.suppress(PreconditionFailed):  # the name is the content
-            self._store.put_object(_name(home, sha256), data, if_absent=True)
-
-    def get(self, home: str, sha256: str) -> bytes:
-        """Return bytes. Raises `MissingObject`."""
-        try:
-            with self._store.open_object(_name(home, sha256)) as stream:
-                data = stream.read()
-        except ObjectNotFound as error:
-            raise MissingObject(sha256, str(error)) from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise MissingObject(sha256, f"{self._store.url}/{_name(home, sha256)}: other bytes")
-        return data
-
-    def copy(self, source: str, target: str, sha256: str) -> None:
-        """Give another run an object of its own."""
-        self.put(target, sha256, self.get(source, sha256))
-
-    def delete(self, home: str, objects: Iterable[str]) -> None:
-        """Delete objects of a run."""
-        self._store.delete_objects([_name(home, sha256) for sha256 in objects])
-
-    def close(self) -> None:
-        """Release connections."""
-        self._store.close()
-
-
-def _name(home: str, sha256: str) -> str:
-    # `generations` is the part of a path in which every client takes objects of any size.
-    return f"generations/{home if len(home) <= 128 else hashlib.sha256(home.encode()).hexdigest()}/{sha256}"
+ATTACH_TRIES = 4
 
 
 class Replication:
     """A folder's replica. Blocking work is done in threads of its own."""
 
-    def __init__(self, folder: Path, url: str, *, host: str = "main", sync_interval_s: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, url: str, *, host: str = "main", sync_interval_s: float | None = None, lease_ttl_s: float = 30.0
+    ) -> None:
         """Nothing is contacted yet.
 
         Args:
             url: the root, for all files of the folder.
             host: the name under which the intake is stored; another machine takes over by using the same.
             sync_interval_s: as in `Replicator`: least time between uploads that nobody waits for.
+            lease_ttl_s: after so long without a sign of life another engine may take over.
 
         Raises:
-            ConfigError: a malformed URL.
+            ConfigError: a malformed URL, or time.
         """
         self._folder = folder
         self._url = url
-        self._host = host
         self._interval_s = sync_interval_s
-        self._client = open_client(url)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="workflow replica")
         self._replicators: dict[str, Replicator] = {}
         self._intake: Replicator | None = None
+        self._is_all_stored = True
+        self._behind: dict[str, ReplicatorError] = {}
+        self.host = host
         self.objects = ReplicaObjects(url)
+        self._done = Marks(url, "_done")
+        self.ownership = Ownership(folder, url, host, ttl_s=lease_ttl_s)
+        self.on_lost: Callable[[str, ReplicatorError], None] = lambda _id, _error: None
+        """Called, by any thread, when somebody else owns a run; with an empty id when it is the whole host."""
 
     # -- the host ----------------------------------------------------------------------------------------------------------------
 
     async def take_over(self) -> None:
-        """Become the owner, and get the intake if another folder was the owner or it is missing here.
+        """Become the owner of the host, and get its intake where another folder was the owner, or it is missing here.
 
         Raises:
-            FolderInUse: another engine becomes the owner at this moment.
+            HostInUse: an engine elsewhere is, and lives.
             ReplicatorError: the replica cannot be reached or read.
         """
         await self._run(self._take_over)
 
     def _take_over(self) -> None:
-        host = self._folder / ".host"
-        name_file = host / "name"
-        if not name_file.exists():
-            name_file.write_text(secrets.token_hex(8))
-        name = name_file.read_text()
-        object_name = f"_hosts/{self._host}/owner.json"
-        try:
-            found = self._client.get_control(object_name)
-        except ObjectNotFound:
-            owner, etag = None, None
-        else:
-            owner, etag = json.loads(found.data).get("folder"), found.etag
-        if owner != name:
-            if owner is not None:
-                self._move_aside()
-                (host / "successor").touch()
-            data = json.dumps({"folder": name, "machine": socket.gethostname(), "since": iso(datetime.now(UTC))}).encode()
+        self.ownership.take()
+        with contextlib.closing(Marks(self._url, "_hosts", shard="all")) as hosts:
+            hosts.put(self.host, {"host": self.host})
+        self.ownership.on_loss(lambda error: self.on_lost("", error))
+        path, name = self._folder / ".host" / "intake.db", f"_hosts/{self.host}"
+        for left in reversed(range(ATTACH_TRIES)):
+            was_here = path.exists()
+            if not was_here and not self._restore(name, path):
+                return  # it begins here
+            replicator = self._replicator(path, name)
             try:
-                self._client.put_control(object_name, data, if_match=etag, if_absent=etag is None)
-            except PreconditionFailed as error:
-                raise FolderInUse(self._client.url) from error
-            log.info("runs taken over root=%s before=%s", self._client.url, owner)
-        if not (host / "intake.db").exists():
-            self._restore(f"_hosts/{self._host}", host / "intake.db")
-
-    @property
-    def is_successor(self) -> bool:
-        """Whether runs may be on the replica that the intake does not know: starts that another owner had not stored when it was lost."""
-        return (self._folder / ".host" / "successor").exists()
-
-    def _move_aside(self) -> None:
-        """What is here was overtaken by another folder: keep it, but out of the way."""
-        host = self._folder / ".host"
-        stale = list(self._folder.glob("*.db*")) + [path for path in (*host.glob("intake.db*"), host / "meta") if path.exists()]
-        if stale:
-            aside = host / f"overtaken-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
-            aside.mkdir()
-            for path in stale:
-                path.rename(aside / path.name)
-            log.warning("local runs were overtaken and moved aside files=%d to=%s", len(stale), aside)
+                self._intake = replicator.start()
+            except Fenced:
+                # The owner before us stored something between the restore and the claim; after the claim it cannot.
+                if was_here or not left:
+                    raise
+                path.unlink()
+            else:
+                return
 
     async def attach_intake(self) -> None:
-        """Begin to replicate the intake. Raises `ReplicatorError`."""
-        path = self._folder / ".host" / "intake.db"
-        self._intake = await self._run(self._replicator, path, f"_hosts/{self._host}")
+        """Begin to replicate the intake, where it is a new one. Raises `ReplicatorError`."""
+        if self._intake is None:
+            path = self._folder / ".host" / "intake.db"
+            self._intake = await self._run(lambda: self._replicator(path, f"_hosts/{self.host}").start())
 
     async def intake_barrier(self) -> None:
         """Return when the replica has the intake as it is now."""
         assert self._intake is not None
         await self._run(self._intake.wait, None)
 
+    def check_owner(self) -> None:
+        """Return if bodies may run now; no request. Raises `NotOwner`."""
+        self.ownership.check()
+
     # -- runs --------------------------------------------------------------------------------------------------------------------
 
     def restore_missing(self, id: str) -> bool:
         """Get a run's file if the replica has it; blocks. Raises `ReplicatorError`: it has it, and it cannot be read."""
-        return self._restore(id, self._folder / f"{id}.db")
+        return bool(self._restore(id, self._path(id)))
 
-    def _restore(self, name: str, path: Path) -> bool:
-        try:
-            restore(below(self._url, name), path)
-        except NoBackups:
-            return False
-        return True
+    def _restore(self, name: str, path: Path) -> int:
+        """Return the TXID that was restored; 0 when nothing is stored. What is here is known as that state, so that it can be gone on from."""
+        with contextlib.closing(open_client(below(self._url, name))) as client:
+            try:
+                txid = restore(client, path).txid
+            except NoBackups:
+                return 0
+            seed_table(client, path, self._meta(name) / "pyrepl", txid)
+            return txid
 
-    async def attach(self, id: str) -> None:
-        """Begin to replicate a run's file. Raises `ReplicatorError`."""
-        self._replicators[id] = await self._run(self._replicator, self._folder / f"{id}.db", id)
+    async def attach(self, id: str, *, is_new: bool, is_contested: bool = False) -> None:
+        """Claim a run and begin to replicate its file, which may be replaced by what the replica has. Nobody else may have it open.
+
+        Args:
+            is_new: the file was just made.
+            is_contested: another host may make the same. Then the replica has the file when this returns, so that one of them has begun the run.
+
+        Raises:
+            Elsewhere: it is another host's; what is here of it is gone, or kept beside it as a salvage file.
+            NotOwner: the host's lease is lost, or over.
+            ReplicatorError: it cannot be done now.
+        """
+        await self._run(self._attach, id, is_new, is_contested)
+
+    def _attach(self, id: str, is_new: bool, is_contested: bool) -> None:
+        path = self._path(id)
+        error: ReplicatorError | None = None
+        if is_new and is_contested:
+            self._check_not_ended(id)
+        for _ in range(ATTACH_TRIES):
+            self.ownership.check()  # a lost lease must not be asked for again by a replicator
+            if not path.exists():
+                if not self._restore(id, path):
+                    raise Unreadable(str(path), f"it is neither here nor in {self._url}")
+                self._check_owner_of(id, path)
+            replicator = self._replicator(path, id)
+            try:
+                if is_new and not is_contested and error is None:
+                    replicator.assume_empty()
+                replicator.start()
+                if not is_new or is_contested:
+                    replicator.wait(timeout_s=WAIT_S)  # a start alone waits in the background for a store that is away
+                self._replicators[id] = replicator
+                return
+            except LineageMismatch as mismatch:
+                if not is_new:
+                    raise
+                error = mismatch  # another host began the same run at this moment: look at what it stored
+            except Fenced as fenced:
+                error = fenced
+                log.warning("the replica of a run was written by another writer id=%s error=%r", id, str(fenced))
+                with contextlib.suppress(ReplicatorError):
+                    replicator.close(timeout_s=0.0)
+                self._drop(id, with_salvage=is_new)
+                is_new = False
+            except BaseException:
+                with contextlib.suppress(ReplicatorError):
+                    replicator.close(timeout_s=0.0)
+                raise
+        assert error is not None
+        raise error
+
+    def _check_owner_of(self, id: str, path: Path) -> None:
+        """Let a restored file be this host's, or leave it to its owner. Raises `Elsewhere`."""
+        instance = jr.read(path).instance
+        if instance.owner is not None and instance.owner != self.host:
+            self._drop(id, with_salvage=False)
+            raise Elsewhere(id, instance.owner, (instance.flow, instance.input_sha256))
+
+    def _drop(self, id: str, *, with_salvage: bool) -> None:
+        """Delete what is here of a run, and what is known about its replica."""
+        path = self._path(id)
+        stale = [Path(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        if with_salvage:
+            stale += self._folder.glob(f"{id}.db-salvage-*")
+        for item in stale:
+            item.unlink(missing_ok=True)
+        shutil.rmtree(self._meta(id), ignore_errors=True)
+
+    async def take(self, id: str) -> None:
+        """Make another host's run this one's: restore it, claim it, and write into it whose it is. That host's writes to it are refused from then on.
+
+        Raises:
+            Refused: the replica has no such run.
+            NotOwner, ReplicatorError: as for `attach`.
+        """
+        await self._run(self._take, id)
+
+    def _take(self, id: str) -> None:
+        path = self._path(id)
+        error: ReplicatorError | None = None
+        for _ in range(ATTACH_TRIES):
+            self.ownership.check()
+            self._drop(id, with_salvage=False)
+            if not self._restore(id, path):
+                raise Refused(id, f"{self._url} has no such run")
+            replicator = self._replicator(path, id)
+            try:
+                replicator.start().wait(timeout_s=WAIT_S)
+            except Fenced as fenced:  # its owner is alive, and was faster
+                error = fenced
+                with contextlib.suppress(ReplicatorError):
+                    replicator.close(timeout_s=0.0)
+                continue
+            try:
+                jr.set_owner(path, self.host)
+            finally:
+                replicator.close(timeout_s=WAIT_S)
+            return
+        assert error is not None
+        raise error
+
+    def _path(self, id: str) -> Path:
+        return self._folder / f"{id}.db"
+
+    def _meta(self, name: str) -> Path:
+        return self._folder / ".host" / "meta" / name.replace("/", "-")
 
     def _replicator(self, path: Path, name: str) -> Replicator:
-        meta = self._folder / ".host" / "meta" / name.replace("/", "-")
+        meta = self._meta(name)
         meta.mkdir(parents=True, exist_ok=True)
-        history = History() if name.startswith("_") else None  # a run's file is small, and ends
-        url = below(self._url, name)
-        return Replicator(path, url, meta_path=meta, sync_interval_s=self._interval_s, history=history).start()
+        is_intake = name.startswith("_")
+        return Replicator(
+            path,
+            below(self._url, name),
+            meta_path=meta,
+            sync_interval_s=self._interval_s,
+            history=History() if is_intake else None,  # a run's file is small, and ends
+            lease=self.ownership.lease,
+            on_failure=lambda error: self.on_lost("" if is_intake else name, error),
+        )
 
     async def barrier(self, id: str) -> None:
         """Return when the replica has all that a run has committed; waiters share one upload. Raises `ReplicatorError`."""
@@ -217,30 +272,73 @@ class Replication:
             return
         try:
             await self._run(lambda: replicator.close(timeout_s=WAIT_S))
+            self._behind.pop(id, None)
         except ReplicatorError as error:
+            self._behind[id] = error
             log.warning("not all is replicated id=%s error=%r", id, str(error))
 
-    def forget(self, id: str, objects: Iterable[str]) -> None:
-        """Delete a run's replica and its objects; blocks."""
-        client = open_client(below(self._url, id))
-        try:
+    async def mark_done(self, id: str, status: str, error: str | None, at: str, what: tuple[str, str]) -> None:
+        """Tell other machines that a run has ended: nobody restores it any more, but to look at it. Raises `ReplicatorError`: not all of it is stored."""
+        if id in self._behind:
+            raise self._behind[id]
+        facts = {"status": status, "error": error, "finished_at": at, "host": self.host, "flow": what[0], "input_sha256": what[1]}
+        await self._run(self._done.put, id, facts)
+
+    def _check_not_ended(self, id: str) -> None:
+        """Keep an id taken whose run has ended, also when nothing else is left of it. Raises `Elsewhere`."""
+        mark = self._done.get(id)
+        if mark is not None and mark.get("host") != self.host:
+            self._drop(id, with_salvage=True)
+            raise Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
+
+    def restore_boundary(self, id: str, path: Path, number: int, count: int) -> bool:
+        """Restore a run as it stood at a place in its order of finishing, before any later transaction step; False when no TXID is of that place. Blocks.
+
+        Args:
+            count: how many records are final up to `number`.
+
+        Raises:
+            ReplicatorError: the replica cannot be read.
+        """
+        with contextlib.closing(open_client(below(self._url, id))) as client:
+            txids = [info.max_txid for info in client.list(0)]
+            low, high = 0, len(txids)
+            while low < high:  # the newest of the states that are not past it
+                middle = (low + high) // 2
+                restore(client, path, txid=txids[middle], force=True)
+                if jr.stands_at(path, number, count) > 0:
+                    high = middle
+                else:
+                    low = middle + 1
+            if not low:
+                return False
+            restore(client, path, txid=txids[low - 1], force=True)
+            return jr.stands_at(path, number, count) == 0
+
+    def forget(self, id: str) -> None:
+        """Delete a run's replica, and what is known here about it; its mark stays, so that no other host begins it anew. Blocks."""
+        with contextlib.closing(open_client(below(self._url, id))) as client:
             for level in range(10):
                 client.delete(client.list(level))
             client.delete_control("pyrepl/lineage.json")
-        finally:
-            client.close()
-        self.objects.delete(id, objects)
+        shutil.rmtree(self._meta(id), ignore_errors=True)
 
-    async def close(self) -> None:
-        """Store the rest of the intake and stop."""
+    async def close(self, *, release: bool = True) -> None:
+        """Store the rest of the intake and stop. The lease is released when everything is stored; else it runs out by itself.
+
+        Args:
+            release: False as a killed process would: nothing is released.
+        """
         if self._intake is not None:
             try:
                 await self._run(self._intake.close)
             except ReplicatorError as error:
+                self._is_all_stored = False
                 log.warning("the intake is not all replicated error=%r", str(error))
+        await self._run(lambda: self.ownership.close(release=release and self._is_all_stored and not self._behind))
         self._threads.shutdown(wait=False)
-        self._client.close()
         self.objects.close()
+        self._done.close()
 
     async def _run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))

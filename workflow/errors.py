@@ -13,6 +13,9 @@
       MissingObject     (sha256, where) bytes that a record refers to are gone
       Unreadable        (path, reason) an instance file is damaged, foreign, or from a newer version
       FolderInUse       (folder) another engine owns it
+      HostInUse         (host, url, owner, until) an engine elsewhere runs this host's runs
+      NotOwner          (what, why) this engine may not go on: the lease is over, or a run is another host's
+      Elsewhere         (id, owner) a run is another host's
       NeedsReplica      (what) durability="replicated" without a replica
       ForkRefused       (id, reason)
     Cancelled           BaseException: the run was cancelled; raised once
@@ -28,12 +31,15 @@ __all__ = [
     "Cancelled",
     "Conflict",
     "Diverged",
+    "Elsewhere",
     "Fatal",
     "FolderInUse",
     "ForkRefused",
+    "HostInUse",
     "MissingObject",
     "NeedsReplica",
     "NotJSON",
+    "NotOwner",
     "OutcomeUnknown",
     "Parked",
     "Refused",
@@ -153,6 +159,40 @@ class FolderInUse(WorkflowError):
     def __init__(self, folder: str) -> None:
         self.folder = folder
         super().__init__(f"another engine owns {folder}")
+
+
+class HostInUse(WorkflowError):
+    """An engine elsewhere runs this host's runs. `until`: ISO 8601, when its lease ends unless it renews it; a hint, by its clock."""
+
+    hint = "stop it, or give this engine another host=; when it dies, an engine of the same host takes over after the lease's time"
+
+    def __init__(self, host: str, url: str, owner: str, until: str) -> None:
+        self.host, self.url, self.owner, self.until = host, url, owner, until
+        super().__init__(f"host {host} of {url} is run by {owner or 'somebody'}, until {until} and for as long as it renews its lease")
+
+    def __reduce__(self) -> tuple[type[HostInUse], tuple[str, str, str, str]]:
+        return HostInUse, (self.host, self.url, self.owner, self.until)
+
+
+class NotOwner(WorkflowError):
+    """This engine may not go on with `what`, and records nothing more of it."""
+
+    hint = "what it had recorded and not replicated stays in its folder; start it again to go on as the owner, or to be refused"
+
+    def __init__(self, what: str, why: str) -> None:
+        self.what, self.why = what, why
+        super().__init__(f"not the owner of {what}: {why}")
+
+
+class Elsewhere(NotOwner):
+    """A run belongs to another host, which created or claimed it first. `winner`: flow and input digest of that run."""
+
+    def __init__(self, id: str, owner: str, winner: tuple[str, str]) -> None:
+        self.id, self.owner, self.winner = id, owner, winner
+        super().__init__(f"run {id}", f"host {owner} is")
+
+    def __reduce__(self) -> tuple[type[Elsewhere], tuple[str, str, tuple[str, str]]]:
+        return Elsewhere, (self.id, self.owner, self.winner)
 
 
 class NeedsReplica(WorkflowError):

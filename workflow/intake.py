@@ -163,6 +163,22 @@ def done(db: sqlite3.Connection, request: str) -> None:
     db.execute("DELETE FROM wf_requests WHERE id = ?", (request,))
 
 
+def drop(db: sqlite3.Connection, id: str) -> None:
+    """Forget a run that is another host's, with its start; what else waits for it stays."""
+    db.execute("DELETE FROM wf_index WHERE id = ?", (id,))
+    db.execute("DELETE FROM wf_requests WHERE instance = ? AND kind = 'start'", (id,))
+
+
+def waiting(db: sqlite3.Connection, requests: Collection[str]) -> tuple[set[str], dict[str, str]]:
+    """Return which of some requests are still here, and the reasons of those that were refused."""
+    left: set[str] = set()
+    refused: dict[str, str] = {}
+    for request in requests:
+        left.update(id for (id,) in db.execute("SELECT id FROM wf_requests WHERE id = ?", (request,)))
+        refused.update(db.execute("SELECT id, reason FROM wf_refused WHERE id = ?", (request,)))
+    return left, refused
+
+
 def requests_of(db: sqlite3.Connection, id: str) -> list[Request]:
     """Return what waits for a run, oldest first."""
     return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests WHERE instance = ? ORDER BY id", (id,))]

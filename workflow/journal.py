@@ -28,6 +28,7 @@ __all__ = [
     "Journal",
     "Loaded",
     "Write",
+    "add_events",
     "create",
     "cut",
     "put_attempt",
@@ -39,6 +40,8 @@ __all__ = [
     "read",
     "read_object",
     "rows",
+    "set_owner",
+    "stands_at",
     "template",
 ]
 
@@ -68,6 +71,7 @@ class Instance:
     priority: int = 0
     resumes: int = 0
     finished_at: str | None = None
+    owner: str | None = None
 
 
 @dataclass(slots=True)
@@ -481,6 +485,38 @@ def cut(path: Path, instance: Instance, number: int) -> None:
         connection.execute(f"DELETE FROM wf_objects WHERE sha256 NOT IN ({kept})")
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+
+
+def stands_at(path: Path, number: int, count: int) -> int:
+    """Say where a file of a run stands beside a place in its order of finishing: -1 before it has all `count` records up to `number`, 1 after a later
+    transaction step, 0 right there. Raises `Unreadable`.
+    """
+    final = [(record.number or 0, record.kind) for record in read(path).records if record.is_final]
+    if any(kind == "tx" and found > number for found, kind in final):
+        return 1
+    return -1 if sum(found <= number for found, _ in final) < count else 0
+
+
+def add_events(path: Path, newer: Path) -> None:
+    """Give a file the events that a newer one of the same run has, as not consumed. Raises `Unreadable`."""
+    names = "id, type, payload, sender, sent_at"
+    source, connection = _open(newer, readonly=True), _open(path, readonly=False)
+    try:
+        rows = source.execute(f"SELECT {names} FROM wf_inbox WHERE refused IS NULL").fetchall()
+        connection.executemany(f"INSERT OR IGNORE INTO wf_inbox({names}) VALUES(?, ?, ?, ?, ?)", rows)
+    finally:
+        source.close()
+        connection.close()
+
+
+def set_owner(path: Path, owner: str) -> None:
+    """Write into a file that nobody has open whose run it is. Raises `Unreadable`."""
+    connection = _open(path, readonly=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("UPDATE wf_instance SET owner = ?", (owner,))
     finally:
         connection.close()
 

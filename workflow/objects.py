@@ -5,11 +5,10 @@ With a replica they are beside it (`durability.py`); without one they are files 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -37,8 +36,8 @@ class Objects(Protocol):
     def copy(self, source: str, target: str, sha256: str) -> None:
         """Give another run an object of its own. Raises `MissingObject`."""
 
-    def delete(self, home: str, objects: Iterable[str]) -> None:
-        """Delete objects of a run. Missing ones are no error."""
+    def delete(self, home: str) -> None:
+        """Delete all objects of a run."""
 
 
 class LocalObjects:
@@ -81,11 +80,8 @@ class LocalObjects:
     def copy(self, source: str, target: str, sha256: str) -> None:
         self.put(target, sha256, self.get(source, sha256))
 
-    def delete(self, home: str, objects: Iterable[str]) -> None:
-        for sha256 in objects:
-            self._path(home, sha256).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (self._folder / home).rmdir()
+    def delete(self, home: str) -> None:
+        shutil.rmtree(self._folder / home, ignore_errors=True)
 
     def _path(self, home: str, sha256: str) -> Path:
         return self._folder / home / sha256

@@ -26,6 +26,7 @@ CREATE TABLE wf_instance (                      -- exactly one row
   output       TEXT, output_sha256 TEXT REFERENCES wf_objects(sha256), error TEXT,
   parent_id    TEXT, parent_key TEXT,           -- the step of the parent that waits for this run
   forked_from  TEXT,
+  owner        TEXT,                            -- the host whose run it is, where there is a replica
   durability   TEXT NOT NULL DEFAULT 'local' CHECK (durability IN ('local','replicated')),
   priority     INTEGER NOT NULL DEFAULT 0,
   resumes      INTEGER NOT NULL DEFAULT 0,      -- restarts after a crash since the last finished step

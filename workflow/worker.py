@@ -163,11 +163,15 @@ class Execution(Calls):
         for task in [*self._tasks, *self._helpers]:
             task.cancel()
 
-    def crash(self) -> None:
-        """Record nothing from now on, and leave memory: what a killed process would do. For tests."""
-        self._break(RuntimeError("crashed"))
+    def lose(self, error: BaseException) -> None:
+        """Record nothing from now on, and leave memory: the run is somebody else's. Bodies that run are cut short."""
+        self._break(error)
         for task in [*self._tasks, *self._helpers]:
             task.cancel()
+
+    def crash(self) -> None:
+        """Record nothing from now on, and leave memory: what a killed process would do. For tests."""
+        self.lose(RuntimeError("crashed"))
 
     # -- what others ask ---------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from replicator import Replicator
-from replicator.errors import ConditionsIgnored, ConfigError, Fenced, LeaseHeld, LeaseLost, ReplicatorError, StorageUnavailable
+from replicator.errors import (
+    ConditionsIgnored,
+    ConfigError,
+    Fenced,
+    LeaseHeld,
+    LeaseLost,
+    LineageMismatch,
+    ReplicatorError,
+    StorageUnavailable,
+)
 from replicator.format.lock import token_of
 from replicator.format.ltx import decode_file, decode_header
 from replicator.lease import Lease, LeaseTerms, release_lock
@@ -248,6 +257,69 @@ def test_a_new_owner_that_another_one_has_replaced_before_its_claim_does_not_cla
         with pytest.raises(LeaseLost):
             Replicator(mine, client, lease=lease, takeover=True, history=None).start()
         assert [info.max_txid for info in client.list(0)] == before
+
+
+def test_what_a_living_owner_stores_between_the_look_and_the_join_is_not_overwritten(tmp_path):
+    """Two leases, one replica: the second writer looks at an empty replica, the first stores TXID 1, the second joins."""
+
+    class Late(MemoryClient):
+        looks = 0
+
+        def list(self, level, **options):
+            self.looks += level == 0
+            if level == 0 and self.looks == 2:
+                first.start().wait(timeout_s=20)
+            return super().list(level, **options)
+
+    client = MemoryClient.named("late")
+    insert(connect(tmp_path / "a.db"), 7)
+    insert(connect(tmp_path / "b.db"), 3)
+    leases = [Lease(MemoryClient.named(name), ttl_s=60.0) for name in ("late-a", "late-b")]
+    first = Replicator(tmp_path / "a.db", client, lease=leases[0], history=None)
+    second = Replicator(tmp_path / "b.db", Late.named("late"), lease=leases[1], history=None)
+    with pytest.raises(Fenced):
+        second.start().wait(timeout_s=20)
+    first.close()
+    for lease in leases:
+        lease.close()
+    assert [header.min_txid for header, _ in raw_files(client)] == [1]
+    assert len(rows(restored(client, tmp_path))) == 7
+
+
+@pytest.mark.parametrize("has_lease", [True, False])
+def test_an_empty_replica_keeps_its_lineage_where_a_lease_lets_the_first_file_decide(has_lease, tmp_path):
+    """Another writer has recorded it and is about to store its first file."""
+    client, recorded = MemoryClient.named(f"recorded-{has_lease}"), b'{"lineage": "000102030405060708090a0b0c0d0e0f"}\n'
+    client.put_control("pyrepl/lineage.json", recorded)
+    insert(connect(tmp_path / "a.db"), 3)
+    with Replicator(tmp_path / "a.db", client, lease=TERMS if has_lease else False, history=None):
+        pass
+    assert (b"000102030405060708090a0b0c0d0e0f" in client.get_control("pyrepl/lineage.json").data) is has_lease
+
+
+def test_a_replica_that_is_taken_for_empty_is_not_listed_and_one_that_is_not_is_refused(tmp_path):
+    class Counting(MemoryClient):
+        lists = 0
+
+        def list(self, level, **options):
+            self.lists += 1
+            return super().list(level, **options)
+
+    client = Counting.named("taken-for-empty")
+    lease = Lease(MemoryClient.named("taken-for-empty-lease"), ttl_s=60.0)
+    for name, count in (("a.db", 7), ("b.db", 3)):
+        insert(connect(tmp_path / name), count)
+    first = Replicator(tmp_path / "a.db", client, lease=lease, history=None)
+    first.assume_empty()
+    first.start().wait(timeout_s=20)
+    first.close()
+    assert client.lists == 0
+    second = Replicator(tmp_path / "b.db", Counting.named("taken-for-empty"), lease=lease, history=None)
+    second.assume_empty()
+    with pytest.raises(LineageMismatch):
+        second.start()
+    lease.close()
+    assert len(rows(restored(client, tmp_path))) == 7
 
 
 def test_the_first_replica_decides_and_the_others_only_get_what_it_has(tmp_path):

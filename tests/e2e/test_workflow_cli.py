@@ -103,7 +103,7 @@ def test_damage_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["show", "FOLDER", "nobody"], "no such run", 1),
         (["show", "FOLDER", "../x"], "not a usable id", 1),
         (["send", "FOLDER", "waits-1", "approval", "yes"], "texts want quotes", 2),
-        (["show", "FOLDER"], "show takes a folder ID", 2),
+        (["show", "FOLDER"], "show takes a folder or URL ID", 2),
         (["dance", "FOLDER"], "say one of list, show", 2),
         (["run", "FOLDER", "waits-1"], "-flows MODULE", 2),
         (["run", "FOLDER", "waits-1", "-flows", "no_such_module"], "cannot import the flows", 1),
@@ -112,6 +112,57 @@ def test_damage_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_errors_say_what_to_do(arguments: list[str], words: str, code: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["wf", *(str(folder) if item == "FOLDER" else item for item in arguments)]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["file", "seaweed"], indirect=True)
+def test_all_of_it_straight_on_a_bucket(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder anywhere: started through the inbox, run to its wait by a process that leaves nothing behind, asked, run to its end, forked, swept."""
+    (tmp_path / "bucketflows.py").write_text(
+        textwrap.dedent(
+            """
+            from workflow import flow, receive, step
+
+            @step(kind="tool")
+            def greet(name: str) -> str:
+                return f"hello {name}"
+
+            @flow
+            async def greets(first: str) -> list[str]:
+                return [await greet(first), await greet(await receive("name", str))]
+            """
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    from workflow import Client
+
+    client = Client(url)
+    asyncio.run(client.start("greets", first="lee", id="g"))
+    assert wf(capsys, "run", url, "g", "-flows", "bucketflows") == [{"run": "g", "status": "waiting"}]
+    assert [(row["id"], row["status"]) for row in wf(capsys, "list", url)] == [("g", "waiting")]
+    shown = wf(capsys, "show", url, "g")
+    assert (shown["status"], shown["owner"], shown["waits_for"]) == ("waiting", "main", ["receive#1 (receive)"])
+    wf(capsys, "send", url, "g", "name", '"kim"', "-sender", "lee")
+    assert wf(capsys, "run", url, "g", "-flows", "bucketflows") == [{"run": "g", "status": "done"}]
+    assert [row["step"] for row in wf(capsys, "timeline", url, "g")] == ["greet#1", "receive#1", "greet#2"]
+    assert [row["name"] for row in wf(capsys, "calls", url, "g")] == ["greet", "greet"]
+    assert [(row["question"], row["by"]) for row in wf(capsys, "decisions", url, "g")] == [("name", "lee")]
+    assert wf(capsys, "verify", url) == [{"id": "g", "verdict": "ok"}]
+    assert asyncio.run(client.run("g").result()) == ["hello lee", "hello kim"]
+    wf(capsys, "fork", url, "g", "receive", "h")
+    assert wf(capsys, "run", url, "h", "-flows", "bucketflows") == [{"run": "h", "status": "done"}]
+    for request in ("pause", "resume", "cancel"):
+        assert wf(capsys, request, url, "h")[0]["kind"] == request
+    assert wf(capsys, "gc", url, "-keep-days", "-1") == [{"deleted": "g"}, {"deleted": "h"}]
+    assert main(["wf", "show", url, "g"]) == 1
+    assert "no such run" in capsys.readouterr().err
+    assert [row["status"] for row in wf(capsys, "list", url)] == ["done", "done"]  # the ids stay taken
+    client.close()
+    assert list(temporary.iterdir()) == []
 
 
 def test_one_run_in_a_process_of_its_own(tmp_path: Path) -> None:

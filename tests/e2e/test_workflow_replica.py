@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from replicator import restore
 from tests import sampleflows as sample
 from workflow import Engine, barrier, flow, receive, step
 from workflow import journal as jr
+from workflow.errors import Refused
 
 
 async def status_is(engine: Engine, id: str, wanted: str) -> None:
@@ -178,7 +180,7 @@ def test_a_killed_machine_loses_nothing_that_was_acknowledged(tmp_path: Path) ->
                 return [await pay(), await then()]
 
             async def main():
-                async with Engine(sys.argv[1], replica=sys.argv[2]) as engine:
+                async with Engine(sys.argv[1], replica=sys.argv[2], lease_ttl_s=1.0) as engine:
                     print(await (await engine.start(order, id="it")).result())
 
             asyncio.run(main())
@@ -196,6 +198,81 @@ def test_a_killed_machine_loses_nothing_that_was_acknowledged(tmp_path: Path) ->
     assert second.stdout == "['paid', 'then']\n", second.stderr
     lines = (tmp_path / "log").read_text().split("\n")[:-1]
     assert [line.split()[0] for line in lines] == ["pay", "then", "then"]
+
+
+@flow
+async def books() -> list[int]:
+    await sample.add(1, 1)
+    first = await sample.book("tea")
+    await sample.upper("between")
+    second = await sample.book("cake")
+    return [first, second, await sample.add(2, 2)]
+
+
+def test_a_fork_before_changes_of_tables_comes_from_the_state_of_that_moment(tmp_path: Path) -> None:
+    """Where each step is replicated there is a TXID for each; where all of it went up at once there is none but the first."""
+
+    def lines(id: str) -> list[tuple[str]]:
+        with sqlite3.connect(tmp_path / "a" / f"{id}.db") as db:
+            return db.execute("SELECT what FROM bookings ORDER BY rowid").fetchall()
+
+    async def run() -> None:
+        async with Engine(tmp_path / "a", replica=f"file://{tmp_path}/root", sync_interval_s=3600) as engine:
+            exact = await engine.start(books, id="exact", durability="replicated")
+            assert await exact.result() == [1, 2, 4]
+            sample.take_ran()
+            middle = await exact.fork(step="upper", id="middle")
+            assert await middle.result() == [1, 2, 4]
+            assert [key.rpartition("/")[2] for key in sample.take_ran()] == ["upper#1", "book#2", "add#2"]
+            assert lines("middle") == [("tea",), ("cake",)]
+            first = await exact.fork(step="add#1", id="first")
+            assert await first.result() == [1, 2, 4]
+            assert lines("first") == [("tea",), ("cake",)]
+            vague = await engine.start(books, id="vague")
+            assert await vague.result() == [1, 2, 4]
+            with pytest.raises(Refused, match="first step after the last of them is add#2"):
+                await (await vague.fork(step="upper")).result()
+            assert await (await vague.fork(step="add#1", id="whole")).result() == [1, 2, 4]
+
+    asyncio.run(run())
+
+
+def test_the_end_of_life_leaves_the_id_taken_on_all_hosts(tmp_path: Path) -> None:
+    """Replica, file and objects go, in that order; after a failure between two of them all goes the next time."""
+    root = tmp_path / "root"
+
+    async def run() -> None:
+        url = f"file://{root}"
+        async with Engine(tmp_path / "a", replica=url, host="a", keep=None) as engine:
+            it = await engine.start(with_report, "hello", id="it")
+            await it.send("approval", True)
+            await it.result()
+            async with asyncio.timeout(20):
+                while engine._active:
+                    await asyncio.sleep(0.01)
+            objects = list((root / "_objects" / "generations" / "it").iterdir())
+            assert len(objects) == 1
+            seen = []
+            real = engine._objects.delete
+
+            def fails(home: str) -> None:
+                seen.append((list((root / home / "ltx").rglob("*.ltx")), (tmp_path / "a" / f"{home}.db").exists(), objects[0].exists()))
+                raise OSError("the store is away")
+
+            engine._objects.delete = fails  # type: ignore[method-assign]
+            with pytest.raises(OSError, match="away"):
+                await engine.sweep(timedelta(days=-1))
+            assert seen == [([], False, True)]
+            engine._objects.delete = real  # type: ignore[method-assign]
+            assert await engine.sweep(timedelta(days=-1)) == ["it"]
+            assert not objects[0].exists()
+            assert await engine.sweep(timedelta(days=-1)) == []
+        async with Engine(tmp_path / "b", replica=url, host="b", keep=None) as other:
+            again = await other.start(with_report, "hello", id="it")
+            with pytest.raises(Refused, match="its file was deleted"):
+                await again.result()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("url", ["seaweed"], indirect=True)
