@@ -198,7 +198,7 @@ class Engine:
                 self._replication = Replication(self.folder, self._replica, host=self._host, sync_interval_s=self._interval_s)
                 self._objects = self._replication.objects
                 await self._replication.take_over()
-            self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
+            self._intake = await Intake.open(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
             if self._replication is not None:
                 await self._replication.attach_intake()
             self._template = jr.template()

@@ -851,30 +851,6 @@ def test_a_client_of_a_folder_that_no_engine_knows_says_so(tmp_path: Path) -> No
         asyncio.run(Client(tmp_path).run("x").status())
 
 
-def test_the_event_loop_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an fsync that takes 50 ms, the loop still turns in between."""
-    real = jr.Journal.commit
-
-    def slow_commit(self: jr.Journal, writes: Any) -> None:
-        time.sleep(0.05)
-        real(self, writes)
-
-    monkeypatch.setattr(jr.Journal, "commit", slow_commit)
-
-    async def run() -> float:
-        async with Engine(tmp_path, synchronous="OFF") as engine:
-            handle = await engine.start(sample.chain, 1)
-            work = asyncio.ensure_future(handle.result())
-            longest, before = 0.0, time.perf_counter()
-            while not work.done():
-                await asyncio.sleep(0.001)
-                now = time.perf_counter()
-                longest, before = max(longest, now - before), now
-            return longest
-
-    assert min(asyncio.run(run()) for _ in range(3)) < 0.03
-
-
 @engine_test
 async def test_a_step_by_name_runs_any_function_once(engine: Engine) -> None:
     assert await (await engine.start(calls_by_name)).result() == [3, 3]
