@@ -7,7 +7,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
