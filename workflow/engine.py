@@ -158,7 +158,7 @@ class Engine(Post):
                 self._post = Postman(Inbox(self._replica), Marks(self._replica, "_refused"), Marks(self._replica, "_hosts", shard="all"))
                 self._replication.on_lost = self._on_lost
                 await self._replication.take_over()
-            self._intake = Intake(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
+            self._intake = await Intake.open(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
             if self._replication is not None:
                 await self._replication.attach_intake()
             self._template = jr.template()

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from workflow.errors import Refused, Unreadable
 from workflow.schema import INTAKE, VERSION
@@ -26,6 +26,8 @@ __all__ = ["Indexed", "Intake", "Request", "indexed", "submit"]
 
 T = TypeVar("T")
 BATCH = 1000
+LATER_S = 0.05
+"""So long may wait what nobody waits for, to share the transaction, and the fsync, of what somebody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Indexed:
     finished_at: str | None
     gone_at: str | None = None
 
+
+Work = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any] | None"]
 
 _FIELDS = tuple(Indexed.__dataclass_fields__)
 _COLUMNS = ", ".join(_FIELDS)
@@ -276,12 +280,18 @@ def submit(path: Path, request: Request) -> None:
 class Intake:
     """The engine's side: a thread that runs functions of the connection, many in one transaction."""
 
-    def __init__(self, path: Path, *, synchronous: str = "FULL", faults: Callable[[str, str], None] | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    @classmethod
+    async def open(cls, path: Path, *, synchronous: str = "FULL", faults: Callable[[str, str], None] | None = None) -> Self:
+        """Open the file, or make it. Raises `Unreadable`."""
+        return cls(path, await asyncio.to_thread(connect, path, synchronous=synchronous), faults)
+
+    def __init__(self, path: Path, db: sqlite3.Connection, faults: Callable[[str, str], None] | None) -> None:
         self.path = path
         self._faults = faults
-        self._db = connect(path, synchronous=synchronous)
-        self._queue: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any] | None] | None] = queue.SimpleQueue()
+        self._db = db
+        self._queue: queue.SimpleQueue[list[Work] | None] = queue.SimpleQueue()
+        self._later: list[Work] = []
+        self._alarm: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="workflow intake", daemon=True)
@@ -293,29 +303,43 @@ class Intake:
         if self._closed:
             future.set_exception(RuntimeError("the engine is closed"))
         else:
-            self._queue.put((work, future))
+            self._give((work, future))
         return future
 
     def later(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        """Run a function in one of the next transactions; nobody waits, a failure is found again after a restart."""
-        if not self._closed:
-            self._queue.put((work, None))
+        """Run a function before what is asked for next, or soon; nobody waits, a failure is found again after a restart."""
+        if self._closed:
+            return
+        self._later.append((work, None))
+        if self._alarm is None:
+            self._alarm = self._loop.call_later(LATER_S, self._give)
+
+    def _give(self, *work: Work) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        self._queue.put([*self._later, *work])
+        self._later = []
 
     def _run(self) -> None:
         while True:
-            batch = [self._queue.get()]
-            while batch[-1] is not None and len(batch) < BATCH:
+            item = self._queue.get()
+            batch: list[Work] = []
+            while item is not None:
+                batch += item
+                if len(batch) >= BATCH:
+                    break
                 try:
-                    batch.append(self._queue.get_nowait())
+                    item = self._queue.get_nowait()
                 except queue.Empty:
                     break
-            work = [item for item in batch if item is not None]
-            if work:
-                self._transaction(work)
-            if batch[-1] is None:
+            if batch:
+                self._transaction(batch)
+            if item is None:
+                self._db.close()  # here, because SQLite checkpoints
                 return
 
-    def _transaction(self, batch: Sequence[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any] | None]]) -> None:
+    def _transaction(self, batch: Sequence[Work]) -> None:
         answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -345,10 +369,10 @@ class Intake:
     async def close(self) -> None:
         """Run what waits, and stop."""
         self._closed = True
+        self._give()
         self._queue.put(None)
         while self._thread.is_alive():
             await asyncio.sleep(0.001)
-        self._db.close()
 
     def stat(self) -> tuple[int, int]:
         """Return what changes when another process writes a request."""

@@ -14,6 +14,7 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,12 @@ _PUT_STEP = f"INSERT INTO wf_steps({', '.join(_STEP)}) VALUES({', '.join('?' * l
 )
 
 
+_step_values: Callable[[Record], tuple[Any, ...]] = attrgetter(*_STEP)
+
+
 def put_step(record: Record) -> Write:
     """Write a step's row, or bring it up to date."""
-    return _PUT_STEP, tuple(getattr(record, name) for name in _STEP)
+    return _PUT_STEP, _step_values(record)
 
 
 def put_attempt(

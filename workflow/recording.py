@@ -31,7 +31,7 @@ from workflow.errors import (
     Parked,
 )
 from workflow.journal import Journal, Loaded, Write
-from workflow.lanes import Lane
+from workflow.lanes import Lane, Then, settle
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
 from workflow.state import Record, StepStatus, idempotency_key
 from workflow.values import Artifact, ObjectReader, digest, encode, iso
@@ -325,26 +325,28 @@ class Recording:
         self._newest = max(self._newest, slot.number)
         self._schedule()
 
-    def _write(self, writes: Sequence[Write]) -> asyncio.Future[None]:
+    def _write(self, writes: Sequence[Write], then: Then) -> None:
+        """Give a transaction to the lane; `then` is called when it is on the disk, or has failed, and the pump after it."""
         all_writes = [*self._unwritten, *writes]
         self._unwritten = []
         self._committing += 1
-        future = self._lane.submit(self._journal.commit, all_writes)
-        future.add_done_callback(self._on_written, context=self._outside)
-        return future
+        self._lane.give(partial(self._on_written, then), self._journal.commit, all_writes)
 
-    def _on_written(self, future: asyncio.Future[None]) -> None:
+    def _on_written(self, then: Then, value: None, error: BaseException | None) -> None:
         self._committing -= 1
-        error = None if future.cancelled() else future.exception()
         if error is not None:
             self._break(error)
-        self._schedule()
+        then(value, error)
+        if not self._is_pumping:
+            self._pump()
 
     async def _commit(self, writes: Sequence[Write], *, check: bool = True) -> None:
         """Run a transaction. Raises `Parked` when it failed: the run is broken then."""
         self._check_broken()
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._write(writes, partial(settle, future))
         try:
-            await self._write(writes)
+            await future
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -367,11 +369,10 @@ class Recording:
         slot = self._finalise(entry, status, output, output_sha256, error)
         if self._unwinding == "break":
             return
-        future = self._write([jr.put_step(entry.record), *writes, *self._progress()])
-        if entry.record.durability == "replicated" and self._services.barrier is not None:
-            self._help(self._ready_when_replicated(slot, future))
-        else:
-            future.add_done_callback(partial(self._on_finished, slot), context=self._outside)
+        self._write(
+            [jr.put_step(entry.record), *writes, *self._progress()],
+            partial(self._on_finished, slot, entry.record.durability == "replicated" and self._services.barrier is not None),
+        )
 
     def _finalise(self, entry: Entry, status: StepStatus, output: str | None, output_sha256: str | None, error: str | None) -> Slot:
         record = entry.record
@@ -386,13 +387,17 @@ class Recording:
         self._resumes = 0
         return [jr.put_resumes(0)]
 
-    def _on_finished(self, slot: Slot, future: asyncio.Future[None]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self._ready(slot)
+    def _on_finished(self, slot: Slot, is_replicated: bool, _: None, error: BaseException | None) -> None:
+        if error is not None:
+            return
+        if is_replicated:
+            self._help(self._ready_when_replicated(slot))
+        else:
+            slot.is_ready = True  # the pump comes next
+            self._newest = max(self._newest, slot.number)
 
-    async def _ready_when_replicated(self, slot: Slot, future: asyncio.Future[None]) -> None:
+    async def _ready_when_replicated(self, slot: Slot) -> None:
         try:
-            await future
             assert self._services.barrier is not None
             await self._services.barrier(self.id)
         except asyncio.CancelledError:

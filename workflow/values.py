@@ -338,7 +338,12 @@ class Signature:
             signature = inspect.signature(function)
         except ValueError:  # a builtin that tells nothing
             signature = inspect.signature(_anything)
-        self._signature = signature.replace(parameters=list(signature.parameters.values())[skip:])
+        parameters = list(signature.parameters.values())[skip:]
+        self._signature = signature.replace(parameters=parameters)
+        ordinary = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._plain = [parameter.name for parameter in parameters] if all(item.kind in ordinary for item in parameters) else []
+        """The names, when arguments that are given by position need nothing else to be bound."""
+        self._required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
     @property
     def hints(self) -> dict[str, Any]:
@@ -362,12 +367,18 @@ class Signature:
             TypeError: they do not fit the signature.
             NotJSON: one has no JSON form.
         """
-        bound = self._signature.bind(*args, **kwargs)
-        return encode(bound.arguments, f"arguments of {self.name}")
+        if not kwargs and self._required <= len(args) <= len(self._plain):
+            arguments = dict(zip(self._plain, args, strict=False))  # what `bind` gives, a third of a step's cost earlier
+        else:
+            arguments = self._signature.bind(*args, **kwargs).arguments
+        return encode(arguments, f"arguments of {self.name}")
 
     def decode(self, text: str, reader: ObjectReader | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments as the function takes them. Raises `NotJSON`."""
         data = json.loads(text)
+        names = self._plain[: len(data)]
+        if len(names) == len(data) and all(name in data for name in names):
+            return tuple(_convert(self.hints.get(name, Any), data[name], f"argument {name} of {self.name}", reader) for name in names), {}
         bound = inspect.BoundArguments(self._signature, OrderedDict())
         for name, parameter in self._signature.parameters.items():
             if name not in data:
@@ -388,4 +399,4 @@ class Signature:
 
 def iso(when: datetime) -> str:
     """Return a time as it is recorded: ISO 8601 in UTC with milliseconds, so that text order is time order."""
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{when.microsecond // 1000:03d}Z"
+    return when.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

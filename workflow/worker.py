@@ -92,7 +92,8 @@ class Execution(Calls):
         if self._grace is not None:
             self._grace.cancel()
         ending = await self._ending(self._root)
-        await self._lane.submit(lambda: None)  # what was asked for meanwhile is recorded now
+        if self._committing:
+            await self._lane.submit(lambda: None)  # what was asked for meanwhile is recorded now
         self._root = None
         return replace(ending, was_touched=self._was_touched)
 
@@ -396,7 +397,8 @@ class Execution(Calls):
                     )
                 else:
                     await LIVE[call.kind](self, entry)
-            self._schedule()
+            if verdict == "deliver" or not self._committing:  # otherwise the pump comes with the answer of the lane
+                self._schedule()
             while not entry.is_delivered:
                 await self._block(entry)
         except asyncio.CancelledError:
@@ -404,7 +406,8 @@ class Execution(Calls):
             raise
         finally:
             del self._entries[call.key]
-            self._schedule()
+            if self._entries or self._is_paused or self._is_stopping:  # others may now be all that there is
+                self._schedule()
         if entry.is_cancelled:
             raise Cancelled
         return self._outcome(entry)

@@ -7,7 +7,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -849,30 +848,6 @@ async def test_a_client_beside_the_engine_starts_sends_and_asks(engine: Engine) 
 def test_a_client_of_a_folder_that_no_engine_knows_says_so(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="no engine ever ran there"):
         asyncio.run(Client(tmp_path).run("x").status())
-
-
-def test_the_event_loop_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an fsync that takes 50 ms, the loop still turns in between."""
-    real = jr.Journal.commit
-
-    def slow_commit(self: jr.Journal, writes: Any) -> None:
-        time.sleep(0.05)
-        real(self, writes)
-
-    monkeypatch.setattr(jr.Journal, "commit", slow_commit)
-
-    async def run() -> float:
-        async with Engine(tmp_path, synchronous="OFF") as engine:
-            handle = await engine.start(sample.chain, 1)
-            work = asyncio.ensure_future(handle.result())
-            longest, before = 0.0, time.perf_counter()
-            while not work.done():
-                await asyncio.sleep(0.001)
-                now = time.perf_counter()
-                longest, before = max(longest, now - before), now
-            return longest
-
-    assert min(asyncio.run(run()) for _ in range(3)) < 0.03
 
 
 @engine_test
