@@ -526,7 +526,8 @@ class Lease:
     def _lose(self, record: LockRecord | None) -> None:
         assert self._term is not None
         generation = record.generation if record is not None else self._term.record.generation
-        released = record is not None and record.released
+        # Of a later generation it was taken first, and released by whoever took it.
+        released = record is not None and record.released and generation == self._term.record.generation
         lost = LeaseLost(self.url, owner=record.owner if record is not None else "", generation=generation, released=released)
         self._term, self._lost, self._state, self._error = None, lost, "lost", str(lost)
         log.error("lease lost url=%s to=%s generation=%d", self.url, "nobody" if released else lost.owner or "nobody", generation)
