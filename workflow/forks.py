@@ -47,7 +47,7 @@ class Forks(Running):
         try:
             instance = await lane.submit(self._copy, request.instance, temporary, str(body["step"]), new)
             await asyncio.to_thread(self._copy_objects, request.instance, temporary, new)
-            jr.publish(temporary, self._path(new))
+            await lane.submit(jr.publish, temporary, self._path(new))
         finally:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{temporary}{suffix}").unlink(missing_ok=True)
