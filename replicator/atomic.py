@@ -22,7 +22,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["AtomicFile", "is_temporary", "link_file", "make_directories", "sweep", "sync_directory", "sync_file", "write_all", "write_file"]
+__all__ = [
+    "AtomicFile",
+    "begin_flush",
+    "is_temporary",
+    "link_file",
+    "make_directories",
+    "sweep",
+    "sync_directory",
+    "sync_file",
+    "write_all",
+    "write_file",
+]
 
 _PREFIX = ".pyrepl-"
 _SUFFIX = ".tmp"
@@ -212,6 +223,15 @@ def sync_file(file: int) -> None:
         except OSError:
             pass  # a file system without it; fsync() is then the best there is
     os.fsync(file)
+
+
+def begin_flush(file: int, at: int, size: int) -> None:
+    """Let the disk begin with bytes that were just written, so that `sync_file` has less to wait for. Changes nothing else.
+
+    The advice says that the bytes are not needed any more. Linux begins to write them, and drops from its cache only what is written already.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, at, size, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(path: str | Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replicator.atomic import begin_flush
 from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Encoder, Header, format_name, parse_name
 
@@ -229,9 +230,12 @@ class Spool:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         before, self._size = self._size, self._size + len(data)
         if self._file >= 0:
-            if before // SPOOL_BYTES != self._size // SPOOL_BYTES:
+            crossing = before // SPOOL_BYTES != self._size // SPOOL_BYTES
+            if crossing:
                 self._staging.check_space()
             _write_all(self._file, data)
+            if crossing:
+                begin_flush(self._file, before // SPOOL_BYTES * SPOOL_BYTES, SPOOL_BYTES)
             return
         self._parts.append(bytes(data))
         if self._size > self._limit:

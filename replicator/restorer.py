@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from replicator.atomic import begin_flush
 from replicator.chain import Progress, list_files, read_chain
 from replicator.errors import (
     NoBackups,
@@ -34,6 +35,7 @@ __all__ = ["RestoreResult", "find_plan", "first_answer", "plan_files", "restore_
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+FLUSH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,8 @@ def _write(
         done = os.pwritev(file, pages, at)
         if done < size:
             _write_all(file, memoryview(b"".join(pages))[done:], at + done)
+        if at // FLUSH_BYTES != (at + size) // FLUSH_BYTES:
+            begin_flush(file, at // FLUSH_BYTES * FLUSH_BYTES, FLUSH_BYTES)
 
     with client.open(plan[0], size=100) as stream:
         page_size = int.from_bytes(stream.read(100)[8:12], "big")
