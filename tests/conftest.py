@@ -16,7 +16,7 @@ from tests.servers import ACCESS, SECRET, Server, moto, rclone, seaweed
 
 __all__ = ["moto", "other_store", "rclone", "seaweed"]
 
-pytest_plugins = ["replicator.testing.plugin"]
+pytest_plugins = ["replicator.testing.plugin", "tests.canaries"]
 
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, suppress_health_check=_slow)

@@ -23,7 +23,7 @@ Only calls count that are made, directly or through other modules, by code of th
 
 **How a step fails.** `REFUSED`: nothing was done. `UNKNOWN`: it was done, a write in part, and reported as failed: what an error means where a disk or a file
 server is in trouble. `SHORT`: only writes fail, and no error comes: half of the bytes are written, and the number of these returned. `close()` always closes, and
-fails only for files that may be written: the others have nothing to lose.
+fails only for files that may be written: the others have nothing to lose. `KILLED`: the process kills itself (SIGKILL) instead of the step; for a child of the test.
 
 While no failure is being made nothing is replaced: the code under test pays nothing for it.
 """
@@ -37,6 +37,7 @@ import fcntl
 import io
 import mmap
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -71,6 +72,7 @@ class How(StrEnum):
     REFUSED = "refused"
     UNKNOWN = "unknown"
     SHORT = "short"
+    KILLED = "killed"
 
 
 # Where calls live, and with what they fail. Those that make a descriptor are never done before they fail: nobody could close it.
@@ -157,6 +159,8 @@ class FailNth:
             number, self.steps = self.steps, self.steps + 1
             if number != self.n and not (self.ever and number > self.n):
                 return False
+            if self.how is How.KILLED:
+                os.kill(os.getpid(), signal.SIGKILL)
             self.failed.append(f"{what} {_words(subject)}".strip())
             return True
 

@@ -10,30 +10,26 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import replicator
-from replicator import livefile
 from replicator.chain import list_files
 from replicator.cli.configured import load_config
 from replicator.clock import Moment
-from replicator.engine import Engine
 from replicator.errors import ConfigError, LeaseHeld, NoBackups, OutputExists, ReplicatorError
 from replicator.format.ltx import TXID, Header, encode_file
-from replicator.keeper import Keeper
 from replicator.lease import Lease
-from replicator.levels import History
-from replicator.outbox import Entry, OutFile
-from replicator.recent import RecentFiles
+from replicator.outbox import OutFile
 from replicator.replica import Replica, new_lineage
 from replicator.storage.file import FileClient
 from replicator.storage.s3 import S3Client
 from replicator.storage.url import parse_s3_url
 from replicator.testing import FailNth, How, Kind, each_failure
-from tests.e2e.databases import checkpointed_bytes, connect, engine_for, restored, rows
+from tests.e2e.databases import checkpointed_bytes, connect, restored, rows
+from tests.e2e.worlds import World, Worlds, aged, copies
 from tests.servers import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -49,89 +45,9 @@ in_other_ways = [
 ways = pytest.mark.parametrize(("ever", "how"), once + in_other_ways)
 
 
-class World:
-    """A database with some transactions, a replica in a directory, and what was acknowledged."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.database, self.replica = folder / "a.db", FileClient(folder / "replica")
-        self.engine: Engine | None = None
-        self.is_open = False
-        self.waiting: list[Entry] = []
-        self.acknowledged = 0
-
-    def commit(self, count: int = 3, size: int = 600) -> None:
-        connection = connect(self.database, page_size=512, autocheckpoint=0)
-        for _ in range(count):
-            connection.execute("INSERT INTO t(v) VALUES(randomblob(?))", (size,))
-        connection.close()
-
-    def sync(self) -> Engine:
-        """What the engine's thread and the uploader do: after an error the same entries come again."""
-        if self.engine is None:
-            self.engine = engine_for(self.database, self.replica, clock=lambda: time.time())  # not the function of now, which is replaced
-        engine, replica = self.engine, self.engine.replicas[0]
-        if not self.is_open:
-            self.waiting, self.is_open = engine.open(), True
-        while True:
-            for entry in list(self.waiting):
-                if entry.txid > replica.txid:
-                    replica.store(entry.files, entry.txid)
-                engine.settled(entry)
-                engine.forget(entry)
-                self.waiting.remove(entry)
-                self.acknowledged = entry.txid
-            if (fresh := engine.advance()) is None:
-                return engine
-            self.waiting.append(fresh)
-
-    def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
-        self.is_open, self.waiting = False, []
-        self.replica = FileClient(self.folder / "replica")  # that of the next process, which sweeps what dead ones left
-
-    def end(self) -> list[str]:
-        """Close everything; return temporary files that are left."""
-        self.close()
-        found = self.database.stat()
-        livefile.close_unused((found.st_dev, found.st_ino))
-        while livefile._strays:  # kept open on purpose: closing them might drop locks of connections that somebody has
-            os.close(livefile._strays.pop())
-        return self.temporary()
-
-    def temporary(self) -> list[str]:
-        """Return the temporary files that are there."""
-        return [str(path) for path in self.folder.rglob("*") if path.name.endswith((".tmp", ".restore")) or ".restore-" in path.name]
-
-
 @pytest.fixture
-def worlds(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[World]]:
-    """Copies of one world, each for a block; nothing is open, or left, after it."""
-    first = World(tmp_path / "first")
-    first.folder.mkdir()
-    keeper = connect(first.database, page_size=512, autocheckpoint=0)  # or the last one to close would empty the WAL
-    first.commit()
-    first.sync()
-    first.commit()
-    first.close()
-    shutil.copytree(first.folder, tmp_path / "template", ignore=shutil.ignore_patterns("*-shm"))
-    keeper.close()
-    first.end()
-
-    @contextlib.contextmanager
-    def copy() -> Iterator[World]:
-        folder = tmp_path / "world"
-        shutil.copytree(tmp_path / "template", folder)
-        world = World(folder)
-        try:
-            yield world
-        finally:
-            world.end()
-            shutil.rmtree(folder)
-
-    return copy
+def worlds(tmp_path: Path) -> Worlds:
+    return copies(tmp_path)
 
 
 def check(world: World, failure: FailNth) -> None:
@@ -160,7 +76,7 @@ def check(world: World, failure: FailNth) -> None:
 
 @pytest.mark.fault("F1", "F24")
 @ways
-def test_sync(worlds, ever: bool, how: How) -> None:
+def test_sync(worlds: Worlds, ever: bool, how: How) -> None:
     for failure in each_failure(ever=ever, how=how):
         with worlds() as world:
             with failure, contextlib.suppress(*MEANT):
@@ -171,7 +87,7 @@ def test_sync(worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F23")
 @ways
-def test_staging_and_upload(worlds, ever: bool, how: How) -> None:
+def test_staging_and_upload(worlds: Worlds, ever: bool, how: How) -> None:
     for failure in each_failure(ever=ever, how=how):
         with worlds() as world:
             engine = world.sync()
@@ -190,7 +106,7 @@ def test_staging_and_upload(worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F11")
 @ways
-def test_checkpoint(worlds, ever: bool, how: How) -> None:
+def test_checkpoint(worlds: Worlds, ever: bool, how: How) -> None:
     for failure in each_failure(ever=ever, how=how):
         with worlds() as world:
             engine = world.sync()
@@ -207,7 +123,7 @@ def test_checkpoint(worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F23")
 @ways
-def test_snapshot(worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot(worlds: Worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.outbox.Spool.__init__.__kwdefaults__", {"limit_bytes": 1000})  # through a file
     for failure in each_failure(ever=ever, how=how):
         with worlds() as world:
@@ -225,32 +141,9 @@ def test_snapshot(worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch)
     assert failure.steps > (20 if how is not How.SHORT else 0)
 
 
-def aged(world: World, *, now: float | None) -> Keeper:
-    """A keeper of the world's replica, at some time; by the system's clocks when None."""
-    history = History((1.0,), l0_retention_s=10.0, l0_retention_check_interval_s=1.0, snapshot_interval_s=20.0, snapshot_retention_s=30.0)
-    replica = Replica(world.replica, writer=7)
-    lineage = replica.open()
-    assert lineage is not None
-    replica.join(lineage, lineage, known_txid=replica.txid)
-    engine = world.sync()
-
-    @contextlib.contextmanager
-    def image(newer_than: int) -> Iterator[OutFile]:
-        out = engine.snapshot()
-        try:
-            yield out
-        finally:
-            out.discard()
-
-    return Keeper(
-        replica, history, scratch=engine.scratch, recent=RecentFiles(), take_snapshot=image,
-        clock=lambda: time.time() if now is None else now, monotonic=lambda: time.monotonic() if now is None else now,
-    )  # fmt: skip
-
-
 @pytest.mark.fault("F1", "F34")
 @ways
-def test_compaction_and_retention(worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_and_retention(worlds: Worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is due after an hour: merging, a full image, deletion of raw files."""
     monkeypatch.setattr("replicator.compactor.RESULT_BYTES", 1000)
     for failure in each_failure(ever=ever, how=how):
@@ -279,7 +172,7 @@ def test_compaction_and_retention(worlds, ever: bool, how: How, monkeypatch: pyt
 @pytest.mark.fault("F1", "F23", "F18")
 @pytest.mark.parametrize("place", ["nothing", "a database with a WAL"])
 @ways
-def test_restore(worlds, place: str, ever: bool, how: How) -> None:
+def test_restore(worlds: Worlds, place: str, ever: bool, how: How) -> None:
     """Either the output is the restored database, or it is what was there before: with `-force` a database, and its WAL with half of the rows."""
     with worlds() as world:
         world.sync()
@@ -386,7 +279,7 @@ def test_loading_the_configuration(tmp_path: Path, ever: bool) -> None:
 
 @pytest.mark.fault("F9", "F24")
 @pytest.mark.parametrize("ever", [False, True], ids=["once", "for good"])
-def test_no_more_threads(worlds, ever: bool) -> None:
+def test_no_more_threads(worlds: Worlds, ever: bool) -> None:
     """Starting is refused, and everything is let go again; or it works with fewer threads."""
     before = set(threading.enumerate())
     for failure in each_failure(kinds={Kind.THREADS}, ever=ever):
@@ -416,7 +309,7 @@ def test_no_more_threads(worlds, ever: bool) -> None:
 @pytest.mark.fault("F27")
 @pytest.mark.parametrize("jump_s", [-86400.0, 86400.0], ids=["back", "forward"])
 @pytest.mark.parametrize("ever", [False, True], ids=["once", "from then on"])
-def test_a_clock_that_jumps(worlds, ever: bool, jump_s: float) -> None:
+def test_a_clock_that_jumps(worlds: Worlds, ever: bool, jump_s: float) -> None:
     """Whichever reading of it is wrong: what was stored stays restorable, and history is kept again."""
     for failure in each_failure(kinds={Kind.CLOCK}, ever=ever, jump_s=jump_s):
         with worlds() as world:
@@ -489,7 +382,7 @@ class LosingSync:
 
 
 @pytest.mark.fault("F3")
-def test_an_fsync_that_fails_once_is_an_unknown_outcome_and_is_not_asked_again(worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fsync_that_fails_once_is_an_unknown_outcome_and_is_not_asked_again(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that it left is taken for stored: not under a final name, not by a second `fsync`."""
     lost = []
     for n in itertools.count():
