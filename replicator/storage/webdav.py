@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _POOL = 32
+_LOCKED_S = (0.05, 0.1, 0.2, 0.4)
 _MAX_LISTING = 256 << 20
 _SAFE = "/-._~!$&'()*+,;=:@"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
@@ -122,7 +124,13 @@ class WebDAVObjects:
                 if status not in (200, 201, 204):
                     raise self._error("PUT", temporary, status)
             headers = {"Destination": self._url(name), "Overwrite": "F" if how.if_absent else "T"}
-            self._request("MOVE", temporary, headers=headers, allowed=(200, 201, 204))
+            for pause_s in (*_LOCKED_S, None):
+                # 423: another request has a lock on the name at this moment. Nothing was moved.
+                patient = (423,) if pause_s is not None else ()
+                reply = self._request("MOVE", temporary, headers=headers, allowed=(200, 201, 204, *patient))
+                if pause_s is None or reply.status != 423:
+                    break
+                time.sleep(pause_s)
         except StorageError as error:
             with contextlib.suppress(StorageError):
                 self._request("DELETE", temporary, allowed=(200, 202, 204, 404))

@@ -570,6 +570,16 @@ def test_a_webdav_move_that_loses_is_a_failed_condition_and_cleans_up() -> None:
         assert requests[-1].path.endswith(".tmp")
 
 
+def test_a_webdav_move_to_a_name_that_is_locked_at_this_moment_is_sent_again() -> None:
+    moves = iter([423, 423, 201])
+    with webdav(lambda request: Reply(next(moves) if request.method == "MOVE" else 404 if request.method == "PROPFIND" else 201)) as (
+        client,
+        requests,
+    ):
+        put(client, 1, b"abc", if_absent=True)
+    assert [request.method for request in requests] == ["PROPFIND", "PUT", "MOVE", "MOVE", "MOVE"]
+
+
 @pytest.mark.parametrize(
     ("status", "error"),
     [(401, AccessDenied), (403, AccessDenied), (423, StorageUnavailable), (429, StorageUnavailable), (507, StorageUnavailable), (302, StorageError),

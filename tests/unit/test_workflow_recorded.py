@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import sampleflows as sample
-from tests.recordedflows import FLOWS, NEED_EVENTS, RECORDED
+from tests.recordedflows import FLOWS, RECORDED, WHOLE_ONLY
 from workflow import journal as jr
 from workflow.testing import replay_recorded, run_to_crash
 from workflow.values import loads
@@ -18,7 +18,7 @@ FILES = sorted(str(path.relative_to(RECORDED)) for path in RECORDED.glob("3.*/*.
 
 def test_there_are_recordings_of_two_versions() -> None:
     assert {Path(name).parts[0] for name in FILES} == {"3.11", "3.13"}
-    assert len(FILES) == 2 * (2 * len(FLOWS) - len(NEED_EVENTS))
+    assert len(FILES) == 2 * (2 * len(FLOWS) - len(WHOLE_ONLY))
 
 
 @pytest.mark.parametrize("name", FILES)
