@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from replicator import Replicator, ReplicatorError, open_client, restore
-from replicator.errors import Fenced, LineageMismatch, NoBackups
+from replicator.errors import Fenced, LineageMismatch, NoBackups, OutputExists
 from replicator.levels import History
 from replicator.takeover import seed_table
 from workflow import journal as jr
@@ -126,7 +126,10 @@ class Replication:
 
     def restore_missing(self, id: str) -> bool:
         """Get a run's file if the replica has it; blocks. Raises `ReplicatorError`: it has it, and it cannot be read."""
-        return bool(self._restore(id, self._path(id)))
+        try:
+            return bool(self._restore(id, self._path(id)))
+        except OutputExists:  # the run has begun at this moment, or somebody else has restored it
+            return True
 
     def _restore(self, name: str, path: Path) -> int:
         """Return the TXID that was restored; 0 when nothing is stored. What is here is known as that state, so that it can be gone on from."""

@@ -306,7 +306,8 @@ def test_the_bound_of_the_staging_folder_holds_for_large_files(tmp_path: Path) -
                 until(lambda: staged_bytes(tmp_path) > 9 << 20)  # one that is larger than the bound is needed to go on
         with pytest.raises(WaitTimeout, match="full"):
             replicator.wait(timeout_s=1)
-        assert staged_bytes(tmp_path) < 12 << 20
+        # One more where the WAL began anew meanwhile: the rest of the old one goes first, or a replica that lacks files could get no image.
+        assert staged_bytes(tmp_path) < 20 << 20
         client.down = False
         replicator.wait(timeout_s=TIMEOUT_S)
         assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
