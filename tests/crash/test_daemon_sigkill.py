@@ -41,7 +41,14 @@ class Writer(threading.Thread):
 
 
 @pytest.mark.fault("F1")
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "kills",
+    [
+        20,
+        pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(200, marks=[pytest.mark.scheduled, pytest.mark.timeout(900)]),
+    ],
+)
 def test_killed_under_load(tmp_path: Path, kills: int) -> None:
     socket = tmp_path / "s.sock"
     names = ("a", "b")
