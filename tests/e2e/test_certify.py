@@ -82,9 +82,14 @@ def test_seaweedfs_is_fit_for_everything(seaweed) -> None:
 
 @pytest.mark.slow
 def test_moto_is_fit_for_all_but_appending_in_parts(moto) -> None:
-    """It takes the condition of a single write, and ignores that of a multipart upload: large files of two writers could replace each other."""
+    """It takes the condition of a single write, and ignores that of a multipart upload: large files of two writers could replace each other.
+
+    It also looks for the object first and stores it later, without a lock, so that a race may have two winners, or not.
+    """
     report = certified(moto, 20)
-    assert {name for name, result in results(report).items() if result != "pass"} == {"parts"}
+    failed = {name for name, result in results(report).items() if result != "pass"}
+    assert "parts" in failed
+    assert failed <= {"parts", "create-race", "replace-race"}
     assert {mode for mode, supported in report.modes.items() if not supported} == {"append-only", "fenced"}
     assert not report.supports_what_is_required
 
