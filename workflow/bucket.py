@@ -19,6 +19,7 @@ from replicator import open_client
 from replicator.errors import ObjectNotFound, PreconditionFailed
 from replicator.storage.base import ObjectStore
 from workflow.errors import MissingObject
+from workflow.objects import checked
 from workflow.ownership import below
 
 __all__ = ["SHARDS", "Marks", "ReplicaObjects", "object_name", "open_objects", "shard_of"]
@@ -53,9 +54,7 @@ class ReplicaObjects:
                 data = stream.read()
         except ObjectNotFound as error:
             raise MissingObject(sha256, str(error)) from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise MissingObject(sha256, f"{self._store.url}/{_name(home, sha256)}: other bytes")
-        return data
+        return checked(data, sha256, f"{self._store.url}/{_name(home, sha256)}")
 
     def copy(self, source: str, target: str, sha256: str) -> None:
         """Give another run an object of its own."""

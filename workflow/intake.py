@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from workflow.errors import Refused, Unreadable
+from workflow.lanes import settle
 from workflow.schema import INTAKE, VERSION
 
 __all__ = ["Indexed", "Intake", "Request", "indexed", "submit"]
@@ -385,9 +386,4 @@ class Intake:
 
 def _answer(answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
     for future, value, error in answers:
-        if future.done():
-            continue
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
+        settle(future, value, error)

@@ -15,7 +15,7 @@ from typing import Protocol
 from workflow.errors import MissingObject
 from workflow.journal import read_object
 
-__all__ = ["INLINE_BYTES", "ROW_BYTES", "LocalObjects", "Objects", "Reader"]
+__all__ = ["INLINE_BYTES", "ROW_BYTES", "LocalObjects", "Objects", "Reader", "checked"]
 
 ROW_BYTES = 64 << 10
 """Texts up to this size stand in their row."""
@@ -73,9 +73,7 @@ class LocalObjects:
             data = path.read_bytes()
         except OSError as error:
             raise MissingObject(sha256, f"{path}: {error.strerror}") from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise MissingObject(sha256, f"{path}: other bytes")
-        return data
+        return checked(data, sha256, path)
 
     def copy(self, source: str, target: str, sha256: str) -> None:
         self.put(target, sha256, self.get(source, sha256))
@@ -85,6 +83,13 @@ class LocalObjects:
 
     def _path(self, home: str, sha256: str) -> Path:
         return self._folder / home / sha256
+
+
+def checked(data: bytes, sha256: str, where: object) -> bytes:
+    """Return the bytes if they are those of an object, else raise `MissingObject`."""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise MissingObject(sha256, f"{where}: other bytes")
+    return data
 
 
 class Reader:

@@ -392,10 +392,6 @@ class Signature:
             bound.arguments[name] = _convert(kind, data[name], f"argument {name} of {self.name}", reader)
         return bound.args, bound.kwargs
 
-    def decode_result(self, text: str, reader: ObjectReader | None) -> Any:
-        """Return a recorded result. Raises `NotJSON`."""
-        return decode(self.result, text, f"result of {self.name}", reader)
-
 
 def iso(when: datetime) -> str:
     """Return a time as it is recorded: ISO 8601 in UTC with milliseconds, so that text order is time order."""

@@ -14,17 +14,10 @@ from hypothesis import strategies as st
 from replicator.errors import FormatError
 from replicator.format import pageindex
 from replicator.format.pageindex import PageIndex, decode_index, encode_index, frames
+from tests.unit.test_ltx import varint
 
 Row = tuple[int, int, int]
 both_ways = pytest.mark.parametrize("small", [0, 1 << 20], ids=["numpy", "python"])
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
 
 
 def varints(rows: Iterable[Row]) -> bytes:
