@@ -51,7 +51,7 @@ class Desk(Protocol):
         """Wait for a run's end; returns (status, output, error). Raises `Refused` for an unknown run."""
 
     async def records(self, id: str) -> list[Record]:
-        """Return the steps of a run."""
+        """Return the steps of a run; none of one that has not begun."""
 
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""
@@ -240,8 +240,11 @@ class FolderDesk:
         return await asyncio.to_thread(ending_of, self._path(id), self._objects)
 
     async def records(self, id: str) -> list[Record]:
-        """Return the steps of a run."""
-        return (await asyncio.to_thread(journal.read, self._path(id))).records
+        """Return the steps of a run; none of one that has not begun."""
+        path = self._path(id)
+        if not path.exists() and await self._read(functools.partial(intake.is_to_begin, id=id)):
+            return []
+        return (await asyncio.to_thread(journal.read, path)).records
 
     async def refusal(self, request: str) -> str | None:
         """Return why a request was refused."""

@@ -461,9 +461,12 @@ class Engine(Post):
                 self._waiters.pop(id, None)
 
     async def records(self, id: str) -> list[Record]:
-        """Return the steps of a run."""
+        """Return the steps of a run; none of one that has not begun."""
         if self._remote is not None and await self._known(id) is None:
             return await self._remote.records(id)
+        path = self._path(id)
+        if not path.exists() and await self._intake.do(functools.partial(ik.is_to_begin, id=id)):
+            return []
         return (await asyncio.to_thread(jr.read, await self._local(id))).records
 
     async def refusal(self, request: str) -> str | None:

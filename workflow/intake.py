@@ -189,6 +189,11 @@ def requests_of(db: sqlite3.Connection, id: str) -> list[Request]:
     return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests WHERE instance = ? ORDER BY id", (id,))]
 
 
+def is_to_begin(db: sqlite3.Connection, id: str) -> bool:
+    """Return whether a run's start waits still, as it does until the run's file is there."""
+    return db.execute("SELECT 1 FROM wf_requests WHERE instance = ? AND kind = 'start' LIMIT 1", (id,)).fetchone() is not None
+
+
 def fresh_requests(db: sqlite3.Connection) -> list[Request]:
     """Return what other processes asked for and the engine has not seen; it has from now on."""
     found = [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests WHERE fresh = 1 ORDER BY id")]

@@ -192,8 +192,14 @@ class BucketDesk:
         return ending_of(self.copies.path(id), self._objects)
 
     async def records(self, id: str) -> list[Record]:
-        """Return the steps of a run."""
-        return (await asyncio.to_thread(lambda: journal.read(self.path(id)))).records
+        """Return the steps of a run; none of one that has not begun."""
+        return await asyncio.to_thread(self._records, id)
+
+    def _records(self, id: str) -> list[Record]:
+        path = self.copies.fetch(check_id(id, longest=200))
+        if path is None and (found := self._in_hosts(id)) is not None and found.status == "queued":
+            return []
+        return journal.read(path or self.path(id)).records
 
     def path(self, id: str) -> Path:
         """Return a copy of a run's newest state; blocks. Raises `Unreadable`: the replica has none."""

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 30.0
 _POOL = 32
-_LOCKED_S = (0.05, 0.1, 0.2, 0.4)
+_LOCKED_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 _MAX_LISTING = 256 << 20
 _SAFE = "/-._~!$&'()*+,;=:@"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
@@ -124,13 +124,7 @@ class WebDAVObjects:
                 if status not in (200, 201, 204):
                     raise self._error("PUT", temporary, status)
             headers = {"Destination": self._url(name), "Overwrite": "F" if how.if_absent else "T"}
-            for pause_s in (*_LOCKED_S, None):
-                # 423: another request has a lock on the name at this moment. Nothing was moved.
-                patient = (423,) if pause_s is not None else ()
-                reply = self._request("MOVE", temporary, headers=headers, allowed=(200, 201, 204, *patient))
-                if pause_s is None or reply.status != 423:
-                    break
-                time.sleep(pause_s)
+            self._request("MOVE", temporary, headers=headers, allowed=(200, 201, 204))
         except StorageError as error:
             with contextlib.suppress(StorageError):
                 self._request("DELETE", temporary, allowed=(200, 202, 204, 404))
@@ -276,12 +270,25 @@ class WebDAVObjects:
             backoff_factor=0.1,
             raise_on_status=False,
         )
-        try:
-            return self._http.request(
-                method, url, headers={**self._headers, **headers}, body=body, redirect=False, retries=retries, preload_content=not stream
-            )
-        except (urllib3.exceptions.HTTPError, OSError) as exc:
-            raise self._unreachable(name, exc) from exc
+        for pause_s in (*_LOCKED_S, None):
+            try:
+                reply = self._http.request(
+                    method,
+                    url,
+                    headers={**self._headers, **headers},
+                    body=body,
+                    redirect=False,
+                    retries=retries,
+                    preload_content=not stream,
+                )
+            except (urllib3.exceptions.HTTPError, OSError) as exc:
+                raise self._unreachable(name, exc) from exc
+            if reply.status != 423 or pause_s is None or method == "PUT":
+                break
+            # Another request has a lock on the name at this moment; nothing was done. (What is PUT has a name that nobody else knows.)
+            reply.close()
+            time.sleep(pause_s)
+        return reply
 
     def _unreachable(self, name: str, exc: Exception) -> StorageError:
         cause = getattr(exc, "reason", None) or exc

@@ -21,7 +21,7 @@ from replicator.convert import convert
 from replicator.errors import MissingSegment, ReplicatorError
 from replicator.format.v3 import encode_frame, time_text
 from replicator.storage import open_client
-from replicator.storage.v3 import V3Client, v3_client
+from replicator.storage.v3 import v3_client
 from replicator.v3plan import Generation
 from replicator.v3restore import list_generations
 from replicator.v3verify import verify_any
@@ -40,29 +40,30 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def write_history(config: Path, database: Path, v3: V3Client) -> None:
+def write_history(replica: Replica) -> None:
     """Two generations; in the first several indexes and snapshots, a shrinking database, and a large transaction."""
+    database, v3 = replica.database, replica.v3
 
-    def files() -> int:
-        return sum(len(item.files) for item in list_generations(v3))
+    def arrived() -> bool:
+        return replica.ours() == checkpointed_bytes(database, database.parent)
 
     def change(*statements: str) -> None:
-        before = files()
         with connection:
             for statement in statements:
                 connection.execute(statement)
-        until(lambda: files() > before)
+        until(arrived)
 
     for part in range(2):
         connection = sqlite3.connect(database)
         connection.execute("PRAGMA journal_mode=WAL")
-        with replicating03(config):
+        with replicating03(replica.config):
             change(f"CREATE TABLE t{part} (a INTEGER PRIMARY KEY, b BLOB)")
             for number in range(4):
                 change(f"INSERT INTO t{part} (b) SELECT randomblob(900) FROM (VALUES (1),(2),(3),(4),(5),(6)), (VALUES (1),(2),({number}))")
             until(lambda: max(info.index for item in list_generations(v3) for info in item.snapshots) > 0)
             change(f"DELETE FROM t{part} WHERE a > 4")
             connection.execute("VACUUM")
+            until(arrived)
             change(f"UPDATE t{part} SET b = randomblob(3000)")
         connection.close()  # the last one: the WAL goes, and with it the generation
         if part == 0:
@@ -130,7 +131,7 @@ def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         made = Replica(url, config, database)
-        write_history(config, database, made.v3)
+        write_history(made)
     return made
 
 

@@ -580,6 +580,16 @@ def test_a_webdav_move_to_a_name_that_is_locked_at_this_moment_is_sent_again() -
     assert [request.method for request in requests] == ["PROPFIND", "PUT", "MOVE", "MOVE", "MOVE"]
 
 
+def test_a_webdav_folder_that_others_make_at_this_moment_is_asked_for_again() -> None:
+    folders, puts = iter([423, 423, 405, 201]), iter([409, 201])
+    answers = {"PROPFIND": lambda: 404, "PUT": lambda: next(puts), "MKCOL": lambda: next(folders, 405), "MOVE": lambda: 201}
+    with webdav(lambda request: Reply(answers[request.method]())) as (client, requests):
+        put(client, 1, b"abc")
+    made = [request.path for request in requests if request.method == "MKCOL"]
+    assert made[0] == made[1] == made[2] != made[3]
+    assert requests[-1].method == "MOVE"
+
+
 @pytest.mark.parametrize(
     ("status", "error"),
     [(401, AccessDenied), (403, AccessDenied), (423, StorageUnavailable), (429, StorageUnavailable), (507, StorageUnavailable), (302, StorageError),

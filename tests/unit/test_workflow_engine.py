@@ -33,6 +33,7 @@ from workflow import (
     state,
     step,
 )
+from workflow import intake as ik
 from workflow import journal as jr
 from workflow.errors import BadId, Conflict, FolderInUse, MissingObject, NeedsReplica, NotJSON, Refused, RunFailed, Unreadable
 from workflow.testing import VirtualClock, replay_recorded, virtual_engine
@@ -610,6 +611,29 @@ async def test_concurrency_priority_and_rate_of_a_flow_hold(engine: Engine) -> N
         await run.result()
     assert [set(order[:2]), set(order[2:4]), order[4]] == [{0, 1}, {2, 3}, 4]
     assert engine.timers.clock.monotonic() - began >= 120
+
+
+@flow(concurrency=1)
+async def waits_alone() -> None:
+    await receive("go")
+
+
+def test_a_run_that_has_not_begun_has_no_steps(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with Engine(tmp_path, park_after_s=3600.0) as engine:
+            await status_is(await engine.start(waits_alone, id="first"), "running")
+            second = await engine.start(waits_alone, id="second")
+            assert not (tmp_path / "second.db").exists()
+            assert await second.steps() == await Client(tmp_path).run("second").steps() == []
+            async with asyncio.timeout(10):
+                while await engine._intake.do(lambda db: ik.is_to_begin(db, "first")):
+                    await asyncio.sleep(0.002)
+            (tmp_path / "first.db").unlink()  # a file that was there and is missing is another matter
+            for desk in (engine, Client(tmp_path)):
+                with pytest.raises(Unreadable):
+                    await desk.run("first").steps()
+
+    asyncio.run(run())
 
 
 # -- crashes, damage, change -------------------------------------------------------------------------------------------------------------
