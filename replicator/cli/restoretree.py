@@ -30,11 +30,12 @@ log = logging.getLogger("replicator.cli")
 
 def configured_directory(flags: Mapping[str, str], argument: str) -> tuple[DirectorySettings, ...]:
     """Return the entries of the configuration whose `dir` that is; none for anything else."""
-    from replicator.config import DEFAULT_PATH, database_path
     from replicator.storage.url import is_url
 
     if is_url(argument):
         return ()
+    from replicator.config import DEFAULT_PATH, database_path  # not for a URL: half of what the start of a small restore would take
+
     if "config" not in flags and not os.path.exists(os.environ.get("LITESTREAM_CONFIG") or DEFAULT_PATH):
         return ()
     path = database_path(argument, home=home(), folder=Path.cwd())

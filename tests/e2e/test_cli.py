@@ -58,6 +58,17 @@ def test_version_loads_nothing_heavy() -> None:
     assert done.stdout == "0.1.0\n[]\n"
 
 
+def test_a_restore_from_a_directory_loads_what_it_needs(replica: tuple[Path, str], tmp_path: Path) -> None:
+    """A restore in a quarter of a second leaves no time for more."""
+    code = (
+        f"import sys; from replicator.cli import main; main(['restore', '-o', {str(tmp_path / 'r.db')!r}, {replica[1]!r}]); "
+        "print(sorted({'boto3','numpy','rich','watchdog','yaml','asyncio','ssl','replicator.config'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    assert (tmp_path / "r.db").exists()
+
+
 def test_replicate_once_restore_and_list(tmp_path: Path) -> None:
     database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
     application = connect(database)
