@@ -20,7 +20,8 @@ from pathlib import Path
 
 from bench.engines import compile_ours
 from bench.report import Results, blocks, figure_of, machine, put_block, row_table, summary, svg
-from bench.rows import ROWS, Options, Row
+from bench.row import Options, Row
+from bench.rows import ROWS
 
 DOCUMENT = Path("docs/performance.md")
 DATA = Path("docs/performance/measured.json")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.rows import Aim, Row
+from bench.row import Aim, Row
 
 __all__ = ["Results", "blocks", "figure_of", "machine", "put_block", "row_table", "summary", "svg"]
 

@@ -10,63 +10,19 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bench.engines import BOTO3, ENVIRONMENT, OURS, PEER, PEER03, Engine
+from bench.fleetrows import FLEET_ROWS
 from bench.processes import Cost, Meter, run, stop
+from bench.row import Aim, Figures, Options, Row
 from bench.workload import change_rows, make_database, newest_marker, start_writer
 from tests.servers import ACCESS, BUCKET, SECRET, Server, serve
 
-__all__ = ["ROWS", "Aim", "Options", "Row"]
+__all__ = ["ROWS"]
 
-Figures = dict[str, float]
 BARE, COPY, LZ4 = Engine("no replication"), Engine("cp"), Engine("lz4 -1")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Sizes in MB, times in seconds."""
-
-    megabytes: float = 500
-    resync_megabytes: float = 1000
-    files: int = 200
-    compact_files: int = 1000
-    lag_s: float = 30
-    write_s: float = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """`figure` is to be at most (or at least) `limit`: of the other engine's figure in the same run, or as it is."""
-
-    figure: str
-    limit: float
-    against: str = ""
-    at_least: bool = False
-
-
-class Row:
-    """One measurement."""
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    engines: ClassVar[Sequence[Engine]] = (OURS, PEER)
-    aims: ClassVar[Sequence[Aim]] = ()
-
-    def __init__(self, folder: Path, options: Options) -> None:
-        self.folder, self.options = folder, options
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def prepare(self) -> None:
-        """Make what all rounds need."""
-
-    def measure(self, engine: Engine) -> Figures:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class FirstUpload(Row):
@@ -358,6 +314,7 @@ ROWS: Mapping[str, type[Row]] = {
     row.name: row
     for row in (
         FirstUpload, Restore, FirstUploadS3, RestoreS3, RestoreSmall, Compaction, Resync, Lag, LagAtOneSecond, FlatOut, FlatOutNoCheckpoints,
+        *FLEET_ROWS,
     )
 }  # fmt: skip
 
