@@ -47,7 +47,7 @@ class Writer(threading.Thread):
         connection.close()
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=[pytest.mark.scheduled, pytest.mark.timeout(900)])])
 def test_killed_while_parking_and_waking(tmp_path: Path, kills: int) -> None:
     data, replica, socket, config = tmp_path / "d", tmp_path / "r", tmp_path / "s.sock", tmp_path / "c.yml"
     data.mkdir()

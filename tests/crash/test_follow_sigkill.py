@@ -138,7 +138,8 @@ def test_twenty_kills_leave_committed_states(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
+@pytest.mark.timeout(900)
 def test_a_hundred_kills_leave_committed_states(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 100)
 

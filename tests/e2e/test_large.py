@@ -106,10 +106,13 @@ def test_a_full_image_in_a_bucket_is_exact_under_load(tmp_path: Path, seaweed) -
     race(tmp_path, seaweed.url("race"), 30, 1)
 
 
-@pytest.mark.slow
-def test_a_large_full_image_in_a_bucket_is_exact_under_load(tmp_path: Path, seaweed) -> None:
+@pytest.mark.parametrize(
+    ("megabytes", "rounds"),
+    [pytest.param(150, 2, marks=pytest.mark.slow), pytest.param(500, 10, marks=[pytest.mark.scheduled, pytest.mark.timeout(900)])],
+)
+def test_a_large_full_image_in_a_bucket_is_exact_under_load(tmp_path: Path, seaweed, megabytes: int, rounds: int) -> None:
     """The scenario in which the released 0.5.17 writes corrupt snapshots (docs/design.md)."""
-    race(tmp_path, seaweed.url("large"), 500, 10)
+    race(tmp_path, seaweed.url(f"large-{megabytes}"), megabytes, rounds)
 
 
 def test_the_s3_client_is_the_real_one(seaweed) -> None:
