@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from replicator import atomic, follow, inplace, publish, restorer, restores
+from replicator import atomic, follow, inplace, publish, restorer, restores, standby
 from replicator.errors import (
     CannotResume,
     CopyChanged,
@@ -446,8 +446,9 @@ def test_the_wait_between_tries_grows(tmp_path: Path, history: History) -> None:
     assert Stop.waits == [0, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
-def test_a_file_that_is_gone_is_planned_around(tmp_path: Path, history: History) -> None:
-    client = started(history, tmp_path)
+def merged_at_the_first_read(history: History, folder: Path) -> MemoryClient:
+    """A replica that is four files ahead of its copy; the first one to be read is merged and deleted at that moment."""
+    client = started(history, folder)
     for txid in range(6, 10):
         history.put(client, 0, txid, txid)
     opening = client.open
@@ -458,8 +459,24 @@ def test_a_file_that_is_gone_is_planned_around(tmp_path: Path, history: History)
         prune(client, 0, 8)
         raise ObjectNotFound(info.name)
 
+    client.open = compacted_meanwhile  # type: ignore[assignment, method-assign]
+    return client
+
+
+def test_a_standby_that_has_the_lease_plans_around_a_file_that_is_gone(
+    tmp_path: Path, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = merged_at_the_first_read(history, tmp_path)
+    monkeypatch.setattr(standby, "CATCH_UP_RETRY_S", 0.0)
+    newest = standby._catch_up(client, tmp_path / "copy.db", NEVER)
+    assert newest is not None
+    assert newest[0].max_txid == 9
+    assert is_at(tmp_path / "copy.db", history, 9)
+
+
+def test_a_file_that_is_gone_is_planned_around(tmp_path: Path, history: History) -> None:
+    client = merged_at_the_first_read(history, tmp_path)
     with Session(client, tmp_path) as follower:
-        client.open = compacted_meanwhile  # type: ignore[assignment, method-assign]
         follower.try_tick(NEVER)
         follower.try_tick(NEVER)
     assert is_at(tmp_path / "copy.db", history, 9)
