@@ -34,7 +34,7 @@ from tests.v3data import replica as replica_of
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -44,14 +44,17 @@ def write_history(replica: Replica) -> None:
     """Two generations; in the first several indexes and snapshots, a shrinking database, and a large transaction."""
     database, v3 = replica.database, replica.v3
 
+    def files() -> int:
+        return sum(len(item.files) for item in list_generations(v3))
+
     def arrived() -> bool:
         return replica.ours() == checkpointed_bytes(database, database.parent)
 
-    def change(*statements: str) -> None:
+    def change(statement: str) -> None:
+        before = files()
         with connection:
-            for statement in statements:
-                connection.execute(statement)
-        until(arrived)
+            connection.execute(statement)
+        until(lambda: files() > before and arrived())
 
     for part in range(2):
         connection = sqlite3.connect(database)
@@ -62,8 +65,7 @@ def write_history(replica: Replica) -> None:
                 change(f"INSERT INTO t{part} (b) SELECT randomblob(900) FROM (VALUES (1),(2),(3),(4),(5),(6)), (VALUES (1),(2),({number}))")
             until(lambda: max(info.index for item in list_generations(v3) for info in item.snapshots) > 0)
             change(f"DELETE FROM t{part} WHERE a > 4")
-            connection.execute("VACUUM")
-            until(arrived)
+            change("VACUUM")
             change(f"UPDATE t{part} SET b = randomblob(3000)")
         connection.close()  # the last one: the WAL goes, and with it the generation
         if part == 0:
