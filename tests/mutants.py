@@ -23,7 +23,7 @@ from tests.seeded import MUTANTS, Mutant
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
 BASELINE_TIMEOUT_S = 3600
-_FAILED = re.compile(r"^(?:FAILED|ERROR) tests/\S*?([^/\s]+\.py::\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(?:\w+/)*(\w+\.py::.+?)(?: - |$)", re.MULTILINE)
 
 
 def copied(folder: Path) -> None:

@@ -441,6 +441,10 @@ MUTANTS = [
         f"{SECURITY}::test_a_restored_database_is_checked_without_trusting_its_schema", (60,),
     ),
     Mutant(
+        "the schema of a database that is replicated is trusted", "db.py", '            connection.execute("PRAGMA trusted_schema=OFF")  # it may be a restored one\n', "",
+        f"{SECURITY}::test_no_connection_of_the_engine_trusts_a_schema", (60,),
+    ),
+    Mutant(
         "a temporary file is readable by all", "atomic.py", "flags, mode, dir_fd=directory", "flags, 0o666, dir_fd=directory",
         f"{SECURITY}::test_a_file_is_private_from_its_first_moment", (61,),
     ),
