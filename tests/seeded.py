@@ -134,7 +134,11 @@ MUTANTS = [
     ),
     Mutant(
         "salts are ignored", "format/wal.py", "(fields[:, 2] == salts[0]) & (fields[:, 3] == salts[1]) & ", "",
-        f"{WAL}::test_frames_of_an_older_run_of_the_wal_are_the_end", (12,),
+        f"{WAL}::test_a_damaged_frame_is_the_end", (12,),
+    ),
+    Mutant(
+        "frames of an older run of the WAL are taken", "format/wal.py", "(fields[:, 2] == salts[0]) & (fields[:, 3] == salts[1]) & ", "",
+        f"{WAL}::test_frames_of_an_older_run_of_the_wal_are_the_end", (12,), (("format/wal.py", "(sums == fields[:count, 4:]).all(axis=1)", "(sums == sums).all(axis=1)"),),
     ),
     Mutant(
         "the last frame's checksum is not compared", "tail.py", "\n            and (last_frame.checksum1, last_frame.checksum2) == position.checksum", "",
@@ -461,7 +465,7 @@ MUTANTS = [
     ),
     Mutant(
         "a gap between segments is passed over", "v3plan.py", "        if info.index > expected:\n            raise", "        if False:\n            raise",
-        f"{V3RESTORE}::test_a_missing_segment_is_named_and_nothing_is_left", (64,), (("replay.py", "            if info.offset or info.index != self._next_index:\n", "            if info.offset:\n"),),
+        "tests/unit/test_v3plan.py::test_a_missing_beginning_is_named", (64,),
     ),
     Mutant(
         "a hole in a WAL file is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_offsets_beyond_four_gibibytes_join", (64,)
