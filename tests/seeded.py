@@ -426,7 +426,7 @@ MUTANTS = [
         "tests/unit/test_yamltree.py::test_what_would_take_much_is_refused_soon tests/unit/test_fuzz_targets.py::test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory", (57,),
     ),
     Mutant(
-        "a redirect is followed", "storage/webdav.py", "body=body, redirect=False, retries=retries", "body=body, redirect=True, retries=retries",
+        "a redirect is followed", "storage/webdav.py", "                    redirect=False,\n", "                    redirect=True,\n",
         "tests/storage/test_other_stores.py::test_a_redirect_does_not_get_the_password", (58,), (("storage/webdav.py", "            redirect=0,\n", "            redirect=3,\n"),),
     ),
     Mutant(
