@@ -1,6 +1,6 @@
 """One live database: connections, the read transaction that pins the WAL, reading changes, and the gap-free checkpoint.
 
-Four connections, all with `wal_autocheckpoint=0` and `synchronous=NORMAL`:
+Four connections, all with `wal_autocheckpoint=0`, `synchronous=NORMAL` and `trusted_schema=OFF`:
 
 * `R` holds a read transaction (the *pin*) at all times; `R2` takes over when the pin moves. Both are opened read-only, so that closing
   the last of them neither checkpoints nor deletes the WAL.
@@ -210,6 +210,7 @@ class Database:
         uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self._busy_timeout_s, check_same_thread=False)
         try:
+            connection.execute("PRAGMA trusted_schema=OFF")  # it may be a restored one
             connection.execute("PRAGMA wal_autocheckpoint=0")
             connection.execute("PRAGMA synchronous=NORMAL")
         except BaseException:

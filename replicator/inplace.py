@@ -374,6 +374,7 @@ def recover(path: Path) -> None:
             f"file:{quote(str(path.absolute()))}?mode=rw", uri=True, isolation_level=None, timeout=RECOVER_TIMEOUT_S
         )
         try:
+            connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("PRAGMA schema_version").fetchone()
         except sqlite3.DatabaseError as error:
             raise CopyChanged(path, f"its journal cannot be rolled back: {error}") from error

@@ -1,7 +1,8 @@
 """The table of faults: python -m tests.faults writes docs/faults.md.
 
 A test names the faults that it covers: `@pytest.mark.fault("F12")`. It may do so only if it fails when the defence is removed. A fault that no test names is shown
-as a hole. The numbers are stable.
+as a hole. For each fault a seeded bug of `tests/seeded.py` takes a defence away; `python -m tests.mutants --faults` shows that a test with the mark fails then. The
+numbers are stable.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+
+from tests.seeded import BEYOND_OUR_CODE, MUTANTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "faults.md"
@@ -107,9 +110,16 @@ def covered() -> dict[int, list[str]]:
     return found
 
 
+def removed() -> dict[int, list[str]]:
+    """Return the names of the seeded bugs that take the defence against each fault away."""
+    return {number: [mutant.name for mutant in MUTANTS if number in mutant.faults] for number in FAULTS}
+
+
 def document() -> str:
     """Return the text of docs/faults.md."""
-    tests = covered()
+    tests, bugs = covered(), removed()
+    shown = [number for number in FAULTS if bugs[number]]
+    elsewhere = "; ".join(f"F{number}: {where}" for number, where in sorted(BEYOND_OUR_CODE.items()))
     holes = [number for number in sorted(FAULTS) if not tests[number]]
     lines = [
         "# Faults",
@@ -119,13 +129,18 @@ def document() -> str:
         "transaction, or the operation fails with a typed error that names the object.",
         "",
         f"{len(FAULTS) - len(holes)} of {len(FAULTS)} faults have a test. Holes: {', '.join(f'F{number}' for number in holes) or 'none'}.",
+        "",
+        f"For {len(shown)} of {len(FAULTS)} faults a seeded bug takes a defence away: the last column. `python -m tests.mutants --faults` applies each of them to a copy",
+        "of the source and shows that a test of the same row fails then; CI does so on a schedule. Defences that are no line of the package:",
+        f"{elsewhere}.",
     ]
     for title, numbers in GROUPS.items():
-        lines += ["", f"## {title}", "", "| | fault | what happens | tests |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", "| | fault | what happens | tests | seeded bugs |", "|---|---|---|---|---|"]
         for number in numbers:
             fault, outcome = FAULTS[number]
             names = "<br>".join(f"`{name.rpartition('/')[2]}`" for name in tests[number]) or "**hole**"
-            lines.append(f"| F{number} | {fault} | {outcome} | {names} |")
+            without = "<br>".join(bugs[number]) or ("elsewhere" if number in BEYOND_OUR_CODE else "**none**")
+            lines.append(f"| F{number} | {fault} | {outcome} | {names} | {without} |")
     return "\n".join(lines) + "\n"
 
 

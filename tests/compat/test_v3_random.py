@@ -122,7 +122,8 @@ def test_every_state_of_a_random_history_comes_back(tmp_path: Path, seed: int) -
     play(tmp_path, seed, 40)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 140))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed < 112 else pytest.mark.scheduled) for seed in range(100, 140)]
+)
 def test_every_state_of_a_long_random_history_comes_back(tmp_path: Path, seed: int) -> None:
     play(tmp_path, seed, 150)

@@ -118,14 +118,16 @@ class Flaky(MemoryClient):
         return [(info.min_txid, info.max_txid) for info in super().list(level)]
 
 
-def engine_for(database: Path, *clients: ReplicaClient, meta_path: Path | None = None, writer: int = 7, **options) -> Engine:
+def engine_for(
+    database: Path, *clients: ReplicaClient, meta_path: Path | None = None, writer: int = 7, busy_timeout_s: float = 1, **options
+) -> Engine:
     """Return an engine without threads that never checkpoints by itself."""
     return Engine(
         database,
         [Replica(client, writer=writer) for client in clients],
         meta_path=meta_path or database.with_name(f".{database.name}-litestream"),
         policy=CheckpointPolicy(10**9, 0),
-        busy_timeout_s=1,
+        busy_timeout_s=busy_timeout_s,
         staging_limit_bytes=1 << 30,
         **options,
     )

@@ -10,6 +10,7 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +225,48 @@ def test_a_writer_is_let_go_when_its_rollback_fails(tmp_path: Path) -> None:
         subject.checkpoint()
     application.execute("PRAGMA busy_timeout=0")
     application.execute("INSERT INTO t(v) VALUES('not locked')")
+    subject.close()
+    application.close()
+
+
+@pytest.mark.fault("F14")
+def test_a_long_reader_holds_up_neither_a_checkpoint_nor_a_writer(tmp_path: Path) -> None:
+    """What the reader needs stays in the WAL, and the next checkpoint after it takes all."""
+    database, client = tmp_path / "a.db", MemoryClient()
+    application, reader = connect(database, autocheckpoint=0), connect(database)
+    subject = engine_for(database, client, busy_timeout_s=30)
+    subject.open()
+    drain(subject)
+    reader.execute("BEGIN")
+    assert rows(reader) == []
+    insert(application, 2 * db.COPY_PASS_FRAMES, size=3000)
+    drain(subject)
+    application.execute("PRAGMA busy_timeout=5000")
+    done = threading.Event()
+
+    def write() -> None:
+        writer = connect(database, autocheckpoint=0)
+        writer.execute("PRAGMA busy_timeout=5000")
+        while not done.wait(0.001):
+            writer.execute("UPDATE t SET v = 1 WHERE id = 1")  # fails where it has to wait for the reader
+        writer.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(3):
+            began = time.monotonic()
+            assert not subject.checkpoint()
+            assert time.monotonic() - began < 5  # and not the half minute for which a blocking one would wait
+            drain(subject)
+    finally:
+        done.set()
+        thread.join()
+    assert rows(reader) == []
+    reader.close()
+    drain(subject)
+    assert any(subject.checkpoint() for _ in range(3))  # bulk first, the rest under the lock
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
     subject.close()
     application.close()
 

@@ -139,7 +139,7 @@ def test_the_lock_is_free_after_close_though_a_forked_child_lives(tmp_path: Path
 # -- emptied replicas (10) -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("F63")
+@pytest.mark.fault("F42", "F63")
 def test_an_emptied_replica_is_refused_at_each_start_and_not_only_at_the_first(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
     application = connect(database)

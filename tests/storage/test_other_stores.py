@@ -606,6 +606,7 @@ def test_webdav_answers_that_are_no(status: int, error: type[StorageError]) -> N
         assert str(status) in str(caught.value) or status == 507
 
 
+@pytest.mark.fault("F58")
 def test_a_redirect_does_not_get_the_password() -> None:
     with scripted(lambda request: Reply(200)) as elsewhere:
         answer = Reply(301, headers={"Location": f"{elsewhere.endpoint}/"})

@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_what_compresses_well(scratch: Staging, gather
         header = Header(65536, 1000, TXID(txid), TXID(txid), 1)
         files.append(client.put(0, TXID(txid), TXID(txid), encode_file(header, [(n, zeros) for n in range(1, 1001)]), timestamp_ms=1))
     tracemalloc.start()
-    done = compact(files, 1, reading(client), scratch, gather_bytes=gather_bytes)
+    done = compact(files, 1, reading_whole(client), scratch, gather_bytes=gather_bytes)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert done.taken == 8

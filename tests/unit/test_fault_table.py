@@ -17,5 +17,5 @@ def test_a_fault_without_a_test_is_shown_as_a_hole(monkeypatch) -> None:
     monkeypatch.setattr(faults, "covered", lambda: {number: [] if number == 3 else ["a.py::test_b"] for number in faults.FAULTS})
     text = faults.document()
     assert "Holes: F3." in text
-    assert next(line for line in text.splitlines() if line.startswith("| F3 ")).endswith("| **hole** |")
+    assert "| **hole** |" in next(line for line in text.splitlines() if line.startswith("| F3 "))
     assert text.count("**hole**") == 1

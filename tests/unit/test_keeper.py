@@ -274,6 +274,7 @@ def test_what_compaction_stores_is_the_same_again_after_a_crash(tmp_path: Path) 
     inputs = simulation.replica.listing()[0]
     done = compact(inputs, 1, simulation.keeper._read, simulation.keeper._scratch)
     assert isinstance(done.out.body, bytes)
+    assert compact(inputs, 1, simulation.keeper._read, simulation.keeper._scratch).out == done.out
     simulation.client.put(1, TXID(1), TXID(5), done.out.body, timestamp_ms=done.out.timestamp_ms)
     simulation.advance(60)
     assert simulation.keeper.problems == {}

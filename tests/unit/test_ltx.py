@@ -194,6 +194,7 @@ def test_a_block_of_another_size_than_the_page_is_refused(size: int) -> None:
         decode_file(built(HEADER, [(1, 1, block(bytes(size)), bytes(size))]))
 
 
+@pytest.mark.fault("F53")
 def test_a_block_longer_than_any_page_needs_is_refused_before_it_arrives() -> None:
     decoder = Decoder()
     with pytest.raises(FormatError, match="block of 4294967295 bytes"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import replicator
-from replicator import Replicator, atomic, publish
+from replicator import Replicator, atomic, inplace, publish
 from replicator.errors import IntegrityCheckFailed
 from replicator.server import listen_unix
 from replicator.storage.memory import MemoryClient
@@ -98,6 +98,34 @@ def test_a_restored_database_is_checked_without_trusting_its_schema(tmp_path: Pa
     before = "\n".join(statements[:check])
     for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
         assert setting in before
+
+
+@pytest.mark.fault("F60")
+def test_no_connection_of_the_engine_trusts_a_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who restores a database may replicate it next, or follow it."""
+    statements: dict[sqlite3.Connection, list[str]] = {}
+    connect = sqlite3.connect
+    application = connect(tmp_path / "a.db", isolation_level=None)
+    application.execute("PRAGMA journal_mode=WAL")
+    application.execute("CREATE TABLE t(v)")
+    copy = connect(tmp_path / "copy.db")
+    copy.execute("CREATE TABLE t(v)")
+    copy.close()
+
+    def traced(*args, **options):
+        connection = connect(*args, **options)
+        connection.set_trace_callback(statements.setdefault(connection, []).append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    with Replicator(tmp_path / "a.db", MemoryClient(), history=None) as running:
+        running.wait(timeout_s=20)
+    assert len(statements) == 4
+    (tmp_path / "copy.db-journal").write_bytes(b"hot")
+    inplace.recover(tmp_path / "copy.db")
+    assert len(statements) == 5
+    assert {texts[0] for texts in statements.values()} == {"PRAGMA trusted_schema=OFF"}
+    application.close()
 
 
 @pytest.mark.fault("F60")

@@ -97,6 +97,7 @@ def test_lower_indexes_than_the_snapshots_do_not_matter() -> None:
     assert plan(generation(A, [(2, 10)], [(0, 0, 1)])) == (A, 2, [])
 
 
+@pytest.mark.fault("F64")
 @pytest.mark.parametrize(
     ("segments", "missing"),
     [

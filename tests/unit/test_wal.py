@@ -115,6 +115,7 @@ def test_sqlite_reads_a_wal_that_was_summed_big_endian(tmp_path: Path) -> None:
     connection.close()
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("at", [0, 3, 4, 8, 12, 16, 20, 24, 300, 535])
 def test_a_damaged_frame_is_the_end(tmp_path: Path, at: int) -> None:
     data = bytearray(sqlite_wal(tmp_path / "db"))
