@@ -305,6 +305,9 @@ def test_a_folder_that_loses_its_permissions_is_skipped_and_its_databases_are_ke
         assert fleet.state_of("closed/c.db") != ""
         os.chmod(fleet.data / "closed", 0o755)
         until(lambda: fleet.state_of("closed/c.db") == "replicating", 60)
+        fleet.create("sub/x/d.db")  # this process may
+        os.chmod(fleet.data / "sub" / "x", 0o755)
+        until(lambda: fleet.state_of("sub/x/d.db") == "replicating")
     finally:
         os.chmod(fleet.data / "closed", 0o755)
         process.close()
