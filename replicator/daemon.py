@@ -129,7 +129,11 @@ def member_for(
     Raises:
         ConfigError: the settings are wrong; not for one that was found in a directory.
     """
-    prepare = partial(_prepare, settings) if found_in is None else partial(_prepare_found, found_in, settings.path)
+    prepare = (
+        partial(_prepare, settings, options, shared, on_failure)
+        if found_in is None
+        else _Found(found_in, settings.path, options, shared, on_failure)
+    )
     has_own_lease = settings.lease is not None and settings.lease.home is None  # it must be renewed, so it can't sleep
     can_park = settings.format == "ltx" and settings.verify_interval_s is None and not has_own_lease
     parks = shared.limits.park_after_s is not None and can_park
@@ -138,7 +142,7 @@ def member_for(
     wanted = settings.restore_if_db_not_exists or options.restore_missing
     return Member(
         settings.path,
-        partial(prepare, options, shared, on_failure),
+        prepare,
         restore_missing=wanted,
         settings=settings if found_in is None else found_in,
         urls=[item.url for item in settings.replicas],
@@ -147,8 +151,18 @@ def member_for(
     )
 
 
-def _prepare_found(directory: DirectorySettings, path: Path, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:
-    return _prepare(directory.database(path), options, shared, on_failure)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Prepares a database of a directory."""
+
+    directory: DirectorySettings
+    path: Path
+    options: Options
+    shared: Shared
+    on_failure: Callable[[], None]
+
+    def __call__(self) -> Prepared:
+        return _prepare(self.directory.database(self.path), self.options, self.shared, self.on_failure)
 
 
 def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:

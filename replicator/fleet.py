@@ -198,6 +198,7 @@ class Directories:
         self._directories: list[_Directory] = []
         self._dirty: dict[tuple[_Directory, str, bytes], None] = {}
         self._due = float("inf")
+        self._note = self._seen  # one for all
         self._work = threading.Lock()  # one at a time changes what is known
         self._pool = Pool("pyrepl directories", at_once=8)
         self._thread: threading.Thread | None = None
@@ -353,7 +354,7 @@ class Directories:
         name = os.fspath(folder)
         if name in directory.folders:
             return
-        found = watcher().subscribe(Path(os.path.realpath(folder)), (EVERYTHING,), _Seen(self._seen, directory, name))
+        found = watcher().subscribe(Path(os.path.realpath(folder)), (EVERYTHING,), _Seen(self._note, directory, name))
         if found is None:
             directory.polled.add(name)
         else:
