@@ -657,13 +657,6 @@ class Member:
         idle_s = replicator.idle_s() if replicator is not None else 0.0
         return (idle_s < BUSY_RETRY_S, -idle_s if idle_s >= BUSY_RETRY_S else self._hot_at)
 
-    @property
-    def wants_to_open(self) -> bool:
-        """Whether its next visit would open it."""
-        if not self._wanted or self._begun:
-            return False
-        return self.poked or self._is_history_due() if self.is_parked else self.retry_at <= time.monotonic()
-
     def _is_history_due(self) -> bool:
         due = self._record.history_due if self._record is not None else None
         return due is not None and due <= time.time()
