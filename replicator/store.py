@@ -111,6 +111,11 @@ class Store:
         )
 
     @property
+    def is_started(self) -> bool:
+        """Whether what there is at the start is known, directories included."""
+        return self._thread is not None
+
+    @property
     def is_closing(self) -> bool:
         return self._closing
 
