@@ -32,6 +32,7 @@ from pathlib import Path
 
 from replicator import config
 from replicator.api import Replicator
+from replicator.budget import MemoryBudget
 from replicator.directories import DirectorySettings
 from replicator.errors import ConfigError, ReplicatorError
 from replicator.fleet import Directories, Make
@@ -82,6 +83,7 @@ class Shared:
     leases: Leases
     limits: Limits = Limits()  # noqa: RUF009  frozen
     recent_bytes: int = 16 << 20
+    memory: MemoryBudget | None = None
     pace: Pace | None = None
 
 
@@ -96,6 +98,7 @@ def shared(fleet: config.Fleet, operations: Operations, leases: Leases, *, parks
         leases,
         Limits(park_after_s=fleet.park_after_s if parks and fleet.park_after_s else None, park_max_bytes=fleet.park_max_bytes, hot=hot),
         max(MIN_RECENT_BYTES, min(16 << 20, fleet.recent_bytes // hot)),
+        MemoryBudget(fleet.queued_bytes),
         Pace(fleet.uploads_per_s) if fleet.uploads_per_s else None,
     )
 
@@ -187,6 +190,7 @@ def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared
         verify_interval_s=settings.verify_interval_s,
         format=settings.format,
         recent_limit_bytes=shared.recent_bytes,
+        memory=shared.memory,
         on_failure=lambda error: on_failure(),
         **shared.leases.arguments(settings.lease, settings.path, takeover=options.takeover),
         **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]
