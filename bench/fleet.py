@@ -28,6 +28,8 @@ from pathlib import Path
 
 from replicator.inotify import Inotify
 
+REST_S = 31
+"""Once in so long what a request for all metrics has taken is given back."""
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -113,11 +115,13 @@ def measure(name: str, folder: Path, count: int, written: int, seconds: int) -> 
             print(f"  stopped in {process.stop():.1f} s")
             config.write_text(config.read_text().replace(history, ""))
             process = Process([*command, "replicate", "-config", str(config)], folder / "log", environ)
-            took = process.until(lambda: parked(address) == count, 600)
-            print(f"  start, all watched: {took:.1f} s, {process.cpu_s():.1f} s CPU", flush=True)
+            took = process.until(lambda: is_ready(address), 600)
+            print(f"  start, all watched: {took:.1f} s, {process.cpu_s():.1f} s CPU, {process.facts()}", flush=True)
         settle(process)
+        if ours:
+            print(f"  {parked(address)} of them are parked after {time.monotonic() - process.began:.0f} s", flush=True)
         requests = operations(address)
-        time.sleep(2)
+        time.sleep(REST_S)
         before, began = process.cpu_s(), time.monotonic()
         time.sleep(seconds)
         used = (process.cpu_s() - before) / (time.monotonic() - began)
@@ -171,6 +175,15 @@ def parked(address: str) -> int:
         )
     except OSError:
         return -1
+
+
+def is_ready(address: str) -> bool:
+    """Whether each database is parked, or being replicated: one request that costs less than all metrics."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=60) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def operations(address: str) -> int:

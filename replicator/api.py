@@ -21,6 +21,7 @@ from typing import Literal, Self
 
 from replicator import livefile
 from replicator.board import Board, Counts, State
+from replicator.budget import MemoryBudget
 from replicator.checkpoint import CheckpointPolicy
 from replicator.drills import DrillResult, DrillThread
 from replicator.engine import NotSynced
@@ -178,6 +179,7 @@ class Replicator:
         takeover: bool = False,
         lease_timeout_s: float | None = None,
         recent_limit_bytes: int = 16 << 20,
+        memory: MemoryBudget | None = None,
         on_failure: Callable[[ReplicatorError], None] | None = None,
         on_handover: Callable[[str], None] | None = None,
         sync: Literal["interval", "commit"] = "interval",
@@ -204,6 +206,7 @@ class Replicator:
             takeover: wait for the lease, and go on from the other owner's state: what only this machine had is kept in a file, not merged.
             lease_timeout_s: how long `start` waits for it, with takeover; as long as it takes when not given.
             recent_limit_bytes: bound for files that were sent lately and are kept in memory, so that merging need not fetch them.
+            memory: shared with other databases of the process, for files that are being made or wait; what it has no room for goes through the disk.
             on_failure: called once, by a thread of the replicator's, when replication has ended for good with an error.
             on_handover: called by another thread, with its name, when somebody asks for the lease (see `Lease.on_request`): stop writing, and `close`.
             sync: "interval", or "commit": commits are uploaded at once, and those made during an upload together with the next one.
@@ -260,6 +263,7 @@ class Replicator:
             staging_limit_bytes=staging_limit_bytes,
             force_snapshot=force_snapshot,
             tenant=self._tenant,
+            memory=memory,
         )
         self._board = Board(self._path, self._replicas, staging_limit_bytes=staging_limit_bytes, on_failure=on_failure)
         self._loop = EngineThread(

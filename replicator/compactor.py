@@ -61,6 +61,9 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
     sources = [_Source.stored(info, read) for info in inputs]
     made: list[OutFile] = []
     kept_bytes = 0
+    gathering = min(gather_bytes, 2 * sum(info.size for info in inputs))  # at most, with what Python adds
+    if scratch.memory is not None and not scratch.memory.take(gathering):
+        gather_bytes = gathering = 0  # slower, in slices
 
     def merge(group: Sequence[_Source], *, is_last: bool) -> _Merged:
         nonlocal kept_bytes
@@ -100,6 +103,8 @@ def compact(inputs: Sequence[FileInfo], level: int, read: Read, scratch: Staging
                 return Compacted(result, following[0].inputs)
             sources = following
     finally:
+        if scratch.memory is not None:
+            scratch.memory.give(gathering)
         for run in made:
             run.discard()
 
@@ -273,14 +278,13 @@ def _encode(level: int, header: Header, pages: Iterator[DecodedPage], scratch: S
         while batch := list(itertools.islice(pages, max(1, BATCH_BYTES // header.page_size))):
             encoder.blocks(batch)
         encoder.close()
-        body = spool.finish()
+        return spool.finish(OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, b""))
     except FormatError as error:  # the inputs are sound, each by itself
         spool.discard()
         raise CorruptReplica(f"the files that lead to TXID {header.max_txid:016x}", str(error)) from error
     except BaseException:
         spool.discard()
         raise
-    return OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, body)
 
 
 def _sliced(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -111,6 +111,7 @@ class Fleet:
         park_max_bytes: larger ones are not.
         hot: databases that are open at once.
         recent_bytes: memory for files that were sent lately, of all databases together.
+        queued_bytes: memory for files that are being made or wait for a replica, of all databases together.
         uploads_per_s: 0 for no bound.
     """
 
@@ -118,6 +119,7 @@ class Fleet:
     park_max_bytes: int = 64 << 20
     hot: int | None = None
     recent_bytes: int = 256 << 20
+    queued_bytes: int = 256 << 20
     uploads_per_s: int = 0
 
 
@@ -294,7 +296,7 @@ def _read_top(top: Table, environ: Mapping[str, str]) -> Config:
 
 
 def _read_fleet(table: Table) -> Fleet:
-    table.check_keys(["park-after", "park-max-size", "max-hot", "max-recent", "max-uploads-per-second"])
+    table.check_keys(["park-after", "park-max-size", "max-hot", "max-recent", "max-queued", "max-uploads-per-second"])
     hot = table.number("max-hot")
     if hot == 0:
         table.fail("max-hot", "must be greater than 0", "leave it out for what the machine allows")
@@ -303,6 +305,7 @@ def _read_fleet(table: Table) -> Fleet:
         "park_max_bytes": table.size("park-max-size"),
         "hot": hot,
         "recent_bytes": table.size("max-recent"),
+        "queued_bytes": table.size("max-queued"),
         "uploads_per_s": table.number("max-uploads-per-second"),
     }
     return replace(Fleet(), **{key: value for key, value in said.items() if value is not None})  # type: ignore[arg-type]

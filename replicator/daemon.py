@@ -32,6 +32,7 @@ from pathlib import Path
 
 from replicator import config
 from replicator.api import Replicator
+from replicator.budget import MemoryBudget
 from replicator.directories import DirectorySettings
 from replicator.errors import ConfigError, ReplicatorError
 from replicator.fleet import Directories, Make
@@ -82,6 +83,7 @@ class Shared:
     leases: Leases
     limits: Limits = Limits()  # noqa: RUF009  frozen
     recent_bytes: int = 16 << 20
+    memory: MemoryBudget | None = None
     pace: Pace | None = None
 
 
@@ -96,6 +98,7 @@ def shared(fleet: config.Fleet, operations: Operations, leases: Leases, *, parks
         leases,
         Limits(park_after_s=fleet.park_after_s if parks and fleet.park_after_s else None, park_max_bytes=fleet.park_max_bytes, hot=hot),
         max(MIN_RECENT_BYTES, min(16 << 20, fleet.recent_bytes // hot)),
+        MemoryBudget(fleet.queued_bytes),
         Pace(fleet.uploads_per_s) if fleet.uploads_per_s else None,
     )
 
@@ -129,7 +132,11 @@ def member_for(
     Raises:
         ConfigError: the settings are wrong; not for one that was found in a directory.
     """
-    prepare = partial(_prepare, settings) if found_in is None else partial(_prepare_found, found_in, settings.path)
+    prepare = (
+        partial(_prepare, settings, options, shared, on_failure)
+        if found_in is None
+        else _Found(found_in, settings.path, options, shared, on_failure)
+    )
     has_own_lease = settings.lease is not None and settings.lease.home is None  # it must be renewed, so it can't sleep
     can_park = settings.format == "ltx" and settings.verify_interval_s is None and not has_own_lease
     parks = shared.limits.park_after_s is not None and can_park
@@ -138,7 +145,7 @@ def member_for(
     wanted = settings.restore_if_db_not_exists or options.restore_missing
     return Member(
         settings.path,
-        partial(prepare, options, shared, on_failure),
+        prepare,
         restore_missing=wanted,
         settings=settings if found_in is None else found_in,
         urls=[item.url for item in settings.replicas],
@@ -147,8 +154,18 @@ def member_for(
     )
 
 
-def _prepare_found(directory: DirectorySettings, path: Path, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:
-    return _prepare(directory.database(path), options, shared, on_failure)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Prepares a database of a directory."""
+
+    directory: DirectorySettings
+    path: Path
+    options: Options
+    shared: Shared
+    on_failure: Callable[[], None]
+
+    def __call__(self) -> Prepared:
+        return _prepare(self.directory.database(self.path), self.options, self.shared, self.on_failure)
 
 
 def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared, on_failure: Callable[[], None]) -> Prepared:
@@ -173,6 +190,7 @@ def _prepare(settings: config.DatabaseSettings, options: Options, shared: Shared
         verify_interval_s=settings.verify_interval_s,
         format=settings.format,
         recent_limit_bytes=shared.recent_bytes,
+        memory=shared.memory,
         on_failure=lambda error: on_failure(),
         **shared.leases.arguments(settings.lease, settings.path, takeover=options.takeover),
         **{name: value for name, value in said.items() if value is not None},  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from replicator.atomic import sweep
+from replicator.budget import MemoryBudget
 from replicator.checkpoint import CheckpointPolicy, is_due
 from replicator.db import Checkpoint, Database, Image, has_wal_reset_bug
 from replicator.errors import DatabaseNotFound, DatabaseStateError, EngineRunning, Fenced, ReplicaBroken, StorageUnavailable
@@ -89,9 +90,14 @@ class Engine:
         staging_limit_bytes: int,
         force_snapshot: bool = False,
         tenant: Tenant | None = None,
+        memory: MemoryBudget | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`tenant`: of a lease. Then the first replica decides who owns the database, and the others only get what it has."""
+        """
+        Args:
+            tenant: of a lease. Then the first replica decides who owns the database, and the others only get what it has.
+            memory: shared with other databases, for files that are being made or wait.
+        """
         self.path = path
         self.replicas = replicas
         self.lock = threading.RLock()
@@ -105,6 +111,7 @@ class Engine:
         self._staging_limit = staging_limit_bytes
         self._force_snapshot = force_snapshot
         self._tenant = tenant
+        self._memory = memory
         self._clock = clock
         self._database = Database(path, busy_timeout_s=busy_timeout_s)
         self._table: PageTable | None = None
@@ -155,7 +162,7 @@ class Engine:
         self._database.open()
         if self._lock_file < 0:
             self._take_lock()
-        self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit)
+        self._scratch = Staging(self._folder / "scratch", limit_bytes=self._staging_limit, memory=self._memory)
         self._scratch.clear()
         entries = self._join()
         return entries if self._tenant is None else self._claim(self._tenant, entries)
@@ -241,7 +248,7 @@ class Engine:
 
     def _join(self) -> list[Entry]:
         """Find out where the replicas are, and go on there. (This and what is encoded differ in `v3engine.py`.)"""
-        self._staging = Staging(self._folder / "staged", limit_bytes=self._staging_limit)
+        self._staging = Staging(self._folder / "staged", limit_bytes=self._staging_limit, memory=self._memory)
         self._known = Known(self._folder / "replicas.json")
         joined = join(
             self.replicas,

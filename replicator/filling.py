@@ -52,7 +52,8 @@ def _copy_file(source: Replica, target: Replica, info: FileInfo, scratch: Stagin
                 decoder.feed(data[at : at + SLICE_BYTES])
             spool.write(data)
         decoder.close()
-        body = spool.finish()
+        assert decoder.header is not None
+        out = spool.finish(OutFile(info.level, info.min_txid, info.max_txid, decoder.header.timestamp_ms, b""))
     except FormatError as error:
         spool.discard()
         raise SourceFailed(str(CorruptReplica(f"{source.url} level {info.level} {info.name}", str(error)))) from error
@@ -62,8 +63,6 @@ def _copy_file(source: Replica, target: Replica, info: FileInfo, scratch: Stagin
     except BaseException:
         spool.discard()
         raise
-    assert decoder.header is not None
-    out = OutFile(info.level, info.min_txid, info.max_txid, decoder.header.timestamp_ms, body)
     try:
         if info.level:
             target.add(out)
@@ -116,8 +115,7 @@ def _as_raw(image: OutFile, scratch: Staging) -> OutFile:
         decoder.close()
         assert encoder is not None
         encoder.close()
-        body = spool.finish()
+        return spool.finish(OutFile(0, image.max_txid, image.max_txid, image.timestamp_ms, b""))
     except BaseException:
         spool.discard()
         raise
-    return OutFile(0, image.max_txid, image.max_txid, image.timestamp_ms, body)

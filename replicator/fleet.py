@@ -1,7 +1,7 @@
 """Directories of databases: find them, and take note of those that come and go.
 
-What a directory holds is found by one walk at the start. With `watch: true` each of its folders is watched then, and what happens in them is
-looked at a quarter of a second later, many events at once. An event only says where to look: what stands there by then decides.
+What a directory holds is found by one walk at the start. With `watch: true` each of its folders is watched before it is read, and what happens in
+them from then on is looked at a quarter of a second later, many events at once. An event only says where to look: what stands there by then decides.
 
 | what stands at a path | what happens |
 |---|---|
@@ -35,7 +35,7 @@ from replicator import livefile
 from replicator.directories import DirectorySettings
 from replicator.errors import ConfigError, ReplicatorError
 from replicator.format.sqlite import SQLITE_MAGIC
-from replicator.inotify import APPEARED, GONE, OVERFLOW
+from replicator.inotify import APPEARED, FOLDER, GONE, OVERFLOW
 from replicator.pool import Pool
 from replicator.settings import DatabaseSettings
 from replicator.store import Member, Store
@@ -64,15 +64,21 @@ class Found:
     """What a walk has found. `skipped`: paths that match the pattern and are none, and folders that cannot be read, by reason."""
 
     databases: list[Path] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)
-    skipped: dict[Path, Reason] = field(default_factory=dict)
+    skipped: dict[str, Reason] = field(default_factory=dict)
 
 
-def find(settings: DirectorySettings, start: Path | None = None, *, known: Callable[[Path], bool] = lambda path: False) -> Found:
+def find(
+    settings: DirectorySettings,
+    start: Path | None = None,
+    *,
+    known: Callable[[Path], bool] = lambda path: False,
+    entering: Callable[[Path], None] = lambda folder: None,
+) -> Found:
     """Walk a directory, or a folder in it.
 
     Args:
         known: says of a path that it is a database already; it is not read then.
+        entering: called with each folder before it is read.
 
     Raises:
         OSError: the folder where it starts cannot be read.
@@ -86,23 +92,23 @@ def find(settings: DirectorySettings, start: Path | None = None, *, known: Calla
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            entering(folder)
             with os.scandir(folder) as entries:
                 ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))  # links last: the real name counts
         except OSError as error:
             if folder == (start or settings.path):
                 raise
-            found.skipped[folder] = f"folder cannot be read: {(error.strerror or 'error').lower()}"
+            found.skipped[os.fspath(folder)] = f"folder cannot be read: {(error.strerror or 'error').lower()}"
             continue
-        found.folders.append(folder)
         for entry in ordered:
-            path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
-                if settings.recursive and settings.enters(path):
+                if settings.recursive and settings.enters(path := folder / entry.name):
                     queue.append(path)
             elif settings.means(entry.name):
+                path = folder / entry.name
                 why = "" if known(path) else why_no_database(path)
                 if why:
-                    found.skipped[path] = why
+                    found.skipped[os.fspath(path)] = why
                 else:
                     found.databases.append(path)
     return found
@@ -126,37 +132,61 @@ def databases_in(settings: DirectorySettings) -> list[DatabaseSettings]:
     Raises:
         ConfigError: it cannot be read, or has none and is not watched.
     """
-    return [settings.database(path) for path in sorted(_scan(settings).databases)]
-
-
-def _scan(settings: DirectorySettings) -> Found:
     try:
         found = find(settings)
     except OSError as error:
-        raise ConfigError(
-            f"failed to scan directory {settings.path}: {(error.strerror or str(error)).lower()}", hint="create it, or correct dir"
-        ) from error
+        raise _unreadable(settings, error) from error
     if not found.databases and not settings.watch:
         raise ConfigError(
             f"no SQLite databases found in directory {settings.path} with pattern {settings.pattern}", hint="watch: true waits for them"
         )
-    return found
+    return [settings.database(path) for path in sorted(found.databases)]
+
+
+def _check(settings: DirectorySettings) -> None:
+    """Raise what `databases_in` would; of one that may be empty only the folder itself is read."""
+    if not settings.watch:
+        databases_in(settings)
+        return
+    try:
+        os.scandir(settings.path).close()
+    except OSError as error:
+        raise _unreadable(settings, error) from error
+
+
+def _unreadable(settings: DirectorySettings, error: OSError) -> ConfigError:
+    why = (error.strerror or str(error)).lower()
+    return ConfigError(f"failed to scan directory {settings.path}: {why}", hint="create it, or correct dir")
 
 
 class _Directory:
-    """One directory that is being replicated."""
+    """One directory that is being replicated.
+
+    Attributes:
+        folders: those that events tell of.
+        polled: those where there are none to be had.
+    """
 
     def __init__(self, settings: DirectorySettings) -> None:
         self.settings = settings
         self.databases: set[Path] = set()
-        self.skipped: dict[Path, Reason] = {}
-        self.folders: dict[Path, Subscription | None] = {}
+        self.skipped: dict[str, Reason] = {}
+        self.folders: dict[str, Subscription] = {}
+        self.polled: set[str] = set()
         self.rescan_at = float("inf")
         self.error = ""
 
-    @property
-    def is_polled(self) -> bool:
-        return any(subscription is None for subscription in self.folders.values())
+
+class _Seen:
+    """Takes a folder's events down."""
+
+    __slots__ = ("_directory", "_folder", "_note")
+
+    def __init__(self, note: Callable[[_Directory, str, bytes, int], None], directory: _Directory, folder: str) -> None:
+        self._note, self._directory, self._folder = note, directory, folder
+
+    def __call__(self, name: bytes, mask: int) -> None:
+        self._note(self._directory, self._folder, name, mask)
 
 
 class Directories:
@@ -166,8 +196,9 @@ class Directories:
         self._store, self._make = store, make
         self._changed = threading.Condition()
         self._directories: list[_Directory] = []
-        self._dirty: dict[tuple[_Directory, Path, bytes], None] = {}
+        self._dirty: dict[tuple[_Directory, str, bytes], None] = {}
         self._due = float("inf")
+        self._note = self._seen  # one for all
         self._work = threading.Lock()  # one at a time changes what is known
         self._pool = Pool("pyrepl directories", at_once=8)
         self._thread: threading.Thread | None = None
@@ -183,7 +214,7 @@ class Directories:
             (
                 item.settings.path,
                 len(item.databases),
-                len(item.folders),
+                len(item.folders) + len(item.polled),
                 Counter(list(item.skipped.values()) + ([item.error] if item.error else [])),
             )
             for item in directories
@@ -206,8 +237,8 @@ class Directories:
             same = [item for item in self._directories if item.settings in wanted]
             fresh = [_Directory(settings) for settings in wanted if not any(item.settings == settings for item in same)]
             for directory in fresh:
-                _scan(directory.settings)  # only whether it can be
-                self._make(directory.settings.template).stop(1.0)  # and whether the settings are right
+                _check(directory.settings)
+                self._make(directory.settings.template).stop(1.0)  # are the settings right?
             for directory in [item for item in self._directories if item not in same]:
                 self._forget(directory, timeout_s)
             with self._changed:
@@ -226,35 +257,30 @@ class Directories:
         with self._work:
             for directory in self._directories:
                 for subscription in directory.folders.values():
-                    if subscription is not None:
-                        subscription.close()
+                    subscription.close()
 
     def _forget(self, directory: _Directory, timeout_s: float) -> None:
         for subscription in directory.folders.values():
-            if subscription is not None:
-                subscription.close()
+            subscription.close()
         directory.folders.clear()
+        directory.polled.clear()
         members = [member for path in directory.databases if (member := self._store.get(path)) is not None]
         self._store.exchange(members, [], timeout_s)
 
     def _walk(self, directory: _Directory, start: Path | None = None) -> None:
         """Find what is in a directory, or in a folder of it, and take what is new. Folders are watched before they are read."""
         settings, began = directory.settings, time.monotonic()
-        if settings.watch:
-            self._watch(directory, start or settings.path)
+        below = start or settings.path
+        was_known = os.fspath(below) in directory.folders
+        watch = partial(self._watch, directory) if settings.watch else lambda folder: None
         try:
-            found = find(settings, start, known=directory.databases.__contains__)
+            found = find(settings, start, known=directory.databases.__contains__, entering=watch)
         except OSError as error:
-            self._unreadable(directory, start or settings.path, error)
+            self._unreadable(directory, below, error)
             return
         directory.error = ""
-        if settings.watch:
-            for folder in found.folders:
-                if self._watch(directory, folder):
-                    self._mark(directory, folder, b".")  # something may have come before it was watched
-        below = start or settings.path
-        for path in [path for path in directory.skipped if path.is_relative_to(below)]:
-            del directory.skipped[path]
+        directory.polled.difference_update(found.skipped)  # nobody is told there, and nothing can be seen: its parent's events tell of it
+        self._forget_skipped(directory, None if start is None else start, was_known=was_known)
         directory.skipped.update(found.skipped)
         new = [path for path in found.databases if path not in directory.databases]
         self._take(directory, new)
@@ -263,13 +289,24 @@ class Directories:
             gone = {path for path in directory.databases.difference(found.databases) if _is_missing(path)}
             self._remove(directory, gone)
         took_s = time.monotonic() - began
-        directory.rescan_at = time.monotonic() + max(RESCAN_S, took_s * RESCAN_SHARE) if directory.is_polled else float("inf")
+        directory.rescan_at = time.monotonic() + max(RESCAN_S, took_s * RESCAN_SHARE) if directory.polled else float("inf")
         if new or gone or found.skipped:
             log.log(
                 logging.INFO if new or gone or start is None else logging.DEBUG,
                 "directory scanned path=%s new=%d gone=%d databases=%d skipped=%d folders=%d",
-                below, len(new), len(gone), len(directory.databases), len(directory.skipped), len(directory.folders),
+                below, len(new), len(gone), len(directory.databases), len(directory.skipped), len(directory.folders) + len(directory.polled),
             )  # fmt: skip
+
+    def _forget_skipped(self, directory: _Directory, start: Path | None, *, was_known: bool) -> None:
+        """Forget what was skipped where the walk has looked. A folder that is new has nothing; going through all for each would not end."""
+        if start is None:
+            directory.skipped.clear()
+            return
+        directory.skipped.pop(os.fspath(start), None)
+        if was_known:
+            inside = f"{start}/"
+            for path in [path for path in directory.skipped if path.startswith(inside)]:
+                del directory.skipped[path]
 
     def _unreadable(self, directory: _Directory, folder: Path, error: OSError) -> None:
         why = f"folder cannot be read: {(error.strerror or 'error').lower()}"
@@ -279,7 +316,8 @@ class Directories:
             directory.error = why
             directory.rescan_at = time.monotonic() + RESCAN_S
         else:
-            directory.skipped[folder] = why
+            directory.skipped[os.fspath(folder)] = why
+            directory.polled.discard(os.fspath(folder))
 
     def _take(self, directory: _Directory, paths: Iterable[Path]) -> None:
         members: dict[Path, Member] = {}
@@ -287,15 +325,15 @@ class Directories:
             try:
                 members[path] = self._make(directory.settings.database(path), found_in=directory.settings)
             except ReplicatorError as error:
-                directory.skipped[path] = str(error)
+                directory.skipped[os.fspath(path)] = str(error)
                 log.error("cannot replicate db=%s error=%r", path, str(error))
         taken = set(self._store.add_all(members.values()))
         for path, member in members.items():
             if member in taken:
                 directory.databases.add(path)
-                directory.skipped.pop(path, None)
+                directory.skipped.pop(os.fspath(path), None)
             elif not self._store.is_closing:
-                directory.skipped[path] = "replicated under another name"
+                directory.skipped[os.fspath(path)] = "replicated under another name"
                 log.warning("skipped, it is replicated under another name already path=%s", path)
 
     def _remove(self, directory: _Directory, paths: Iterable[Path]) -> None:
@@ -312,29 +350,29 @@ class Directories:
 
     # -- events ------------------------------------------------------------------------------------------------------------------
 
-    def _watch(self, directory: _Directory, folder: Path) -> bool:
-        """Watch a folder; True when that is new."""
-        if directory.folders.get(folder) is not None:
-            return False
-        directory.folders[folder] = watcher().subscribe(
-            Path(os.path.realpath(folder)), (EVERYTHING,), partial(self._seen, directory, folder)
-        )
-        return True
+    def _watch(self, directory: _Directory, folder: Path) -> None:
+        name = os.fspath(folder)
+        if name in directory.folders:
+            return
+        found = watcher().subscribe(Path(os.path.realpath(folder)), (EVERYTHING,), _Seen(self._note, directory, name))
+        if found is None:
+            directory.polled.add(name)
+        else:
+            directory.polled.discard(name)
+            directory.folders[name] = found
 
-    def _unwatch(self, directory: _Directory, folder: Path) -> None:
+    def _unwatch(self, directory: _Directory, folder: str) -> None:
+        directory.polled.discard(folder)
         subscription = directory.folders.pop(folder, None)
         if subscription is not None:
             subscription.close()
 
-    def _seen(self, directory: _Directory, folder: Path, name: bytes, mask: int) -> None:
+    def _seen(self, directory: _Directory, folder: str, name: bytes, mask: int) -> None:
         """Called by the watcher's thread."""
         if name.endswith((b"-wal", b"-shm", b"-journal", b".tmp")):
             return
-        if not mask & (APPEARED | GONE | OVERFLOW) and not directory.settings.means(os.fsdecode(name)):
+        if not mask & (APPEARED | GONE | OVERFLOW | FOLDER) and not directory.settings.means(os.fsdecode(name)):
             return
-        self._mark(directory, folder, name)
-
-    def _mark(self, directory: _Directory, folder: Path, name: bytes) -> None:
         with self._changed:
             if not self._dirty:
                 self._due = time.monotonic() + SETTLE_S
@@ -361,13 +399,13 @@ class Directories:
                 except Exception as error:
                     log.error("directories cannot be looked at, by a defect", exc_info=error)
 
-    def _look(self, directories: Sequence[_Directory], dirty: Sequence[tuple[_Directory, Path, bytes]]) -> None:
+    def _look(self, directories: Sequence[_Directory], dirty: Sequence[tuple[_Directory, str, bytes]]) -> None:
         now = time.monotonic()
-        whole = {directory for directory, folder, name in dirty if name == EVERYTHING and folder == directory.settings.path}
+        whole = {directory for directory, folder, name in dirty if name == EVERYTHING and folder == os.fspath(directory.settings.path)}
         whole |= {directory for directory in directories if directory.rescan_at <= now}
         for directory in whole:
             if directory in self._directories:
-                self._unwatch(directory, directory.settings.path)  # another folder may stand there by now
+                self._unwatch(directory, os.fspath(directory.settings.path))  # another folder may stand there by now
                 self._walk(directory)
         new: dict[_Directory, list[Path]] = {}
         for directory, folder, name in dirty:
@@ -376,37 +414,40 @@ class Directories:
         for directory, paths in new.items():
             self._take(directory, paths)
 
-    def _look_at(self, directory: _Directory, folder: Path, name: bytes) -> Iterator[Path]:
+    def _look_at(self, directory: _Directory, folder: str, name: bytes) -> Iterator[Path]:
         """Look at one path; yields it when a new database stands there."""
-        settings, path = directory.settings, folder / os.fsdecode(name) if name else folder
+        settings, path = directory.settings, Path(folder, os.fsdecode(name))
         try:
             mode = os.lstat(path).st_mode
         except FileNotFoundError:
-            directory.skipped.pop(path, None)
+            directory.skipped.pop(os.fspath(path), None)
             self._gone(directory, path)
             return
         except OSError as error:
-            directory.skipped[path] = f"cannot be read: {(error.strerror or 'error').lower()}"
+            directory.skipped[os.fspath(path)] = f"cannot be read: {(error.strerror or 'error').lower()}"
             return
         if stat.S_ISDIR(mode):
             if settings.recursive and settings.enters(path):
                 if not name:
-                    self._unwatch(directory, path)
+                    self._unwatch(directory, folder)
                 self._walk(directory, path)
         elif path in directory.databases:
             self._store.look_at(path)
         elif settings.means(path.name):
             if why := why_no_database(path):
-                directory.skipped[path] = why
+                directory.skipped[os.fspath(path)] = why
             else:
                 yield path
 
     def _gone(self, directory: _Directory, path: Path) -> None:
         if path in directory.databases:
             self._remove(directory, [path])
-        elif path in directory.folders:
-            for folder in [folder for folder in directory.folders if folder.is_relative_to(path)]:
+        elif (name := os.fspath(path)) in directory.folders or name in directory.polled:
+            inside = f"{name}/"
+            for folder in [folder for folder in (*directory.folders, *directory.polled) if folder == name or folder.startswith(inside)]:
                 self._unwatch(directory, folder)
+            for file in [file for file in directory.skipped if file.startswith(inside)]:
+                del directory.skipped[file]
             self._remove(directory, [item for item in directory.databases if item.is_relative_to(path)])
 
 

@@ -48,7 +48,7 @@ from replicator.errors import (
     WaitTimeout,
 )
 from replicator.format.ltx import TXID
-from replicator.parking import RACY_NS, Parked, changed, is_settled, wal_moved
+from replicator.parking import RACY_NS, Kept, Parked, changed, is_settled, wal_moved
 from replicator.recover import restore
 from replicator.storage.base import ReplicaClient
 from replicator.storage.measured import Measured
@@ -104,8 +104,8 @@ class Member:
     """One of the databases. Its methods may be called from any thread, and those that take time exclude each other."""
 
     __slots__ = (
-        "_begun", "_busy", "_failures", "_folder", "_hot_at", "_position", "_prepare", "_prepared", "_record", "_rest", "_synced_at", "_txid",
-        "_users", "_wanted", "_watch", "checked", "due", "error", "is_missing_restore", "key", "limits", "path", "poked", "retry_at", "settings",
+        "_begun", "_busy", "_failures", "_folder", "_hot_at", "_position", "_prepare", "_prepared", "_record", "_remembered", "_rest", "_synced_at",
+        "_txid", "_users", "_wanted", "_watch", "checked", "due", "error", "is_missing_restore", "key", "limits", "path", "poked", "retry_at", "settings",
         "touched", "urls", "was_tried", "working",
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ class Member:
         """Called, by the watcher's thread, when the files of a parked database have changed."""
         self.checked = True
         """Whether the replicas were asked since the process began; only of one that was found parked they were not."""
-        self._folder = folder
+        self._folder = None if folder is None else os.fspath(folder)  # a text takes a third of the memory
         self._prepare = prepare
         self._prepared: Prepared | None = None if checked else prepare()
         self._begun = False
@@ -159,7 +159,8 @@ class Member:
         self._position = ""  # in format v0.3
         self._synced_at: datetime | None = None
         self._rest: Rest | None = None
-        self._record: Parked | None = None
+        self._record: Kept | None = None
+        self._remembered: tuple[bytes | None, ...] | None = None  # of its replicas, of one that was parked by this process
         self._watch: Subscription | None = None
         self._busy = threading.Lock()
 
@@ -266,7 +267,7 @@ class Member:
         if remembered is not None:
             self._prepared.replicator.recall(remembered)
         if self._folder is not None:
-            parked.forget(self._folder)
+            parked.forget(Path(self._folder))
         self._prepared.replicator.start()
         self.error, self._begun, self._failures, self._hot_at = None, True, 0, time.monotonic()
         self.checked = True
@@ -367,8 +368,7 @@ class Member:
     def _store_parked(self) -> None:
         """At the end: what is parked is stored, unless its files say that something came a moment ago."""
         if self._record is None or self._why_awake():
-            rest = self._rest
-            self._begin(rest.remembered if rest is not None else None)
+            self._begin(self._remembered)
             self._unpark()
 
     def _park_at_end(self) -> None:
@@ -439,7 +439,7 @@ class Member:
         if not self._may_park() or self.is_missing_restore:
             return False
         assert self._folder is not None
-        record = parked.read_record(self._folder)
+        record = parked.read_record(Path(self._folder))
         if record is None or record.urls != self.urls:
             return False
         self._subscribe()  # before looking: what happens from here on is told
@@ -447,7 +447,7 @@ class Member:
         if changed(record, parked.look(self.path), end, boot=parked.boot_id()):
             self._unsubscribe()
             return False
-        self._record, self._rest, self.checked = record, None, False
+        self._record, self._rest, self._remembered, self.checked = record.kept(), None, None, False
         self._txid, self._synced_at, self.error, self._failures = record.txid, datetime.now(UTC), None, 0
         return True
 
@@ -469,7 +469,7 @@ class Member:
         if rest is None:
             self._unsubscribe()
             return False
-        self._rest, self._record = rest, None  # first: at no moment does it look as if it were waiting
+        self._rest, self._record, self._remembered = rest, None, rest.remembered  # first: at no moment does it look as if it were waiting
         self._let_go(replicator)
         log.debug("parked path=%s txid=%016x", self.path, rest.txid)
         return True
@@ -501,10 +501,10 @@ class Member:
             rest.txid, sight, rest.position, rest.page_size, now_ns, parked.boot_id(), self.urls, rest.history_due, rest.problems
         )
         try:
-            parked.write_record(self._folder, record)
+            parked.write_record(Path(self._folder), record)
         except OSError as error:  # it stays parked; only the next start must open it
             log.warning("cannot write the record of a parked database path=%s error=%r", self.path, str(error))
-        self._record, self._synced_at = record, now
+        self._record, self._rest, self._synced_at = record.kept(), None, now
         return ""
 
     def _why_awake(self) -> str:
@@ -514,9 +514,9 @@ class Member:
 
     def is_quiet(self) -> bool:
         """Say whether the files of a parked database look as they did: three `stat` calls, from any thread."""
-        record, rest, now = self._record, self._rest, datetime.now(UTC)
-        known = record.sight if record is not None else rest.after if rest is not None else None
-        if known is None or known != parked.look(self.path):
+        rest, record, now = self._rest, self._record, datetime.now(UTC)  # in this order: the one becomes the other
+        known = record.sight if record is not None else rest.after.packed() if rest is not None else b""
+        if known != parked.look(self.path).packed():
             return False
         if record is not None:  # it proves that nothing has changed; without one that will be seen later
             self._synced_at = now
@@ -524,16 +524,15 @@ class Member:
 
     def _wake(self, why: str) -> None:
         log.debug("wakes up path=%s reason=%s", self.path, why)
-        rest = self._rest
         try:
-            self._begin(rest.remembered if rest is not None else None)
+            self._begin(self._remembered)
         except FAILURES as error:
             self._failed(error)
         finally:
             self._unpark()
 
     def _unpark(self) -> None:
-        self._rest = self._record = None
+        self._rest = self._record = self._remembered = None
         self.poked = False
         self._unsubscribe()
 
@@ -585,7 +584,7 @@ class Member:
         elif poked and (why := self._why_awake()):
             pass
         elif not self.checked:
-            why = self._check_replicas(record.txid) if self.retry_at <= time.monotonic() else ""
+            why = self._check_replicas(self._txid) if self.retry_at <= time.monotonic() else ""
         else:
             why = "something of its history is due" if self._is_history_due() else ""
         if why and may_open():
@@ -658,17 +657,12 @@ class Member:
         idle_s = replicator.idle_s() if replicator is not None else 0.0
         return (idle_s < BUSY_RETRY_S, -idle_s if idle_s >= BUSY_RETRY_S else self._hot_at)
 
-    @property
-    def wants_to_open(self) -> bool:
-        """Whether its next visit would open it."""
-        if not self._wanted or self._begun:
-            return False
-        return self.poked or self._is_history_due() if self.is_parked else self.retry_at <= time.monotonic()
-
     def _is_history_due(self) -> bool:
         due = self._record.history_due if self._record is not None else None
         return due is not None and due <= time.time()
 
 
 def key_of(path: Path) -> str:
-    return os.path.realpath(path)
+    """Return what names a database whatever path leads to it. Mostly it is the path's own text, which is not kept twice then."""
+    text, real = os.fspath(path), os.path.realpath(path)
+    return text if text == real else real

@@ -16,9 +16,10 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from replicator.atomic import begin_flush
+from replicator.budget import MemoryBudget
 from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Encoder, Header, format_name, parse_name
 
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 __all__ = ["EncodedPages", "Entry", "OutFile", "Spool", "Staging", "encode"]
 
 SPOOL_BYTES = 8 << 20
+FREE_BYTES = 64 << 10
 BATCH_BYTES = 1 << 18
 DISK_RESERVE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class OutFile:
     """One file to store. `body` is the whole file, or the path of a staged one."""
 
@@ -124,9 +126,11 @@ class Entry:
 class Staging:
     """The folder of staged files."""
 
-    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+    def __init__(self, folder: Path, *, limit_bytes: int, memory: MemoryBudget | None = None) -> None:
+        """`memory`: shared with others, for files that are not in the folder; without it each may have `SPOOL_BYTES`."""
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self.memory = memory
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink(missing_ok=True)
@@ -217,13 +221,16 @@ class Staging:
                 path.unlink(missing_ok=True)
 
 
+_File = TypeVar("_File", bound=OutFile)
+
+
 class Spool:
-    """Bytes in memory that move to a staged file when they become many."""
+    """Bytes in memory that move to a staged file when they become many, or when others need the memory."""
 
     def __init__(self, staging: Staging, name: str, *, limit_bytes: int = SPOOL_BYTES) -> None:
         self._staging, self._name, self._limit = staging, name, limit_bytes
         self._parts: list[bytes] = []
-        self._size = 0
+        self._size = self._taken = 0
         self._file = -1
         self._path = Path()
 
@@ -238,19 +245,40 @@ class Spool:
                 begin_flush(self._file, before // SPOOL_BYTES * SPOOL_BYTES, SPOOL_BYTES)
             return
         self._parts.append(bytes(data))
-        if self._size > self._limit:
+        if self._size > self._limit or not self._take(len(data)):
             self._file, self._path = self._staging.create(self._name)
             for part in self._parts:
                 _write_all(self._file, part)
             self._parts = []
+            self._give()
 
-    def finish(self) -> bytes | Path:
-        if self._file < 0:
-            return b"".join(self._parts)
-        file, self._file = self._file, -1
-        return self._staging.finish(file, self._path)
+    def _take(self, size: int) -> bool:
+        """Take room in memory. What every database may have does not count: it is less than having it open costs."""
+        if self._staging.memory is None or self._size <= FREE_BYTES:
+            return True
+        if not self._staging.memory.take(size):
+            return False
+        self._taken += size
+        return True
+
+    def _give(self) -> None:
+        if self._staging.memory is not None:
+            self._staging.memory.give(self._taken)
+            self._taken = 0
+
+    def finish(self, file: _File) -> _File:
+        """Return a file with these bytes as its body; their memory is taken until nobody has it any more."""
+        if self._file >= 0:
+            opened, self._file = self._file, -1
+            return replace(file, body=self._staging.finish(opened, self._path))
+        made = replace(file, body=b"".join(self._parts))
+        if self._staging.memory is not None:
+            self._staging.memory.give_with(made, self._taken)
+            self._taken = 0
+        return made
 
     def discard(self) -> None:
+        self._give()
         if self._file >= 0:
             self._staging.discard(self._file, self._path)
             self._file = -1
@@ -280,12 +308,12 @@ def encode(
             pgnos.extend([pgno for pgno, _ in batch])
             sums.extend(page_checksums(batch))
         encoder.close()
-        body = spool.finish()
+        out = spool.finish(OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, b""))
     except BaseException:
         spool.discard()
         raise
     encoded = EncodedPages(np.frombuffer(pgnos, dtype=np.uint32), np.frombuffer(sums, dtype=np.uint64))
-    return OutFile(level, header.min_txid, header.max_txid, header.timestamp_ms, body), encoded
+    return out, encoded
 
 
 def _staged_name(level: int, min_txid: TXID, max_txid: TXID) -> str:

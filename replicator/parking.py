@@ -21,6 +21,7 @@ What does not count is no error: the database is opened then, and the engine fin
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from replicator.format.ltx import TXID
 from replicator.format.wal import WAL_HEADER_SIZE, FrameHeader, WALHeader
 from replicator.tail import WALPosition
 
-__all__ = ["RACY_NS", "FileMark", "Parked", "Sight", "WALEnd", "changed", "decode", "encode", "is_settled", "wal_moved"]
+__all__ = ["RACY_NS", "FileMark", "Kept", "Parked", "Sight", "WALEnd", "changed", "decode", "encode", "is_settled", "wal_moved"]
 
 RACY_NS = 2_000_000_000
 """The coarsest times of a file system that SQLite's locks work on: those of FAT, two seconds."""
 
 VERSION = 1
+_SIGHT = struct.Struct("<?3Q2q?3Q2q?")
+_NONE = (False, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,11 @@ class Sight:
     def newest_ns(self) -> int:
         """The latest time in it."""
         return max((time for mark in (self.database, self.wal) if mark for time in (mark.mtime_ns, mark.ctime_ns)), default=0)
+
+    def packed(self) -> bytes:
+        """Return all of it in a tenth of the memory, for comparing."""
+        database, wal = ((True, m.device, m.inode, m.size, m.mtime_ns, m.ctime_ns) if m else _NONE for m in (self.database, self.wal))
+        return _SIGHT.pack(*database, *wal, self.has_journal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,19 @@ class Parked:
     urls: tuple[str, ...]
     history_due: float | None = None
     problems: tuple[str, ...] = ()
+
+    def kept(self) -> Kept:
+        """Return what stays in memory."""
+        return Kept(self.sight.packed(), self.history_due, self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a record a process keeps in memory, where there may be ten thousand: the packed sight, and what is known of the history."""
+
+    sight: bytes
+    history_due: float | None
+    problems: tuple[str, ...]
 
 
 def is_settled(sight: Sight, now_ns: int) -> bool:

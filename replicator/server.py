@@ -558,7 +558,8 @@ class Observed:
             {"path": str(member.path), "state": member.state, **({"error": member.problem} if member.problem else {})}
             for member in self._store.members()
         ]
-        ready = not self._store.is_closing and all(item["state"] in ("replicating", "parked", "stopped") for item in databases)
+        running = self._store.is_started and not self._store.is_closing
+        ready = running and all(item["state"] in ("replicating", "parked", "stopped") for item in databases)
         return _json(200 if ready else 503, {"ready": ready, "databases": databases})
 
 

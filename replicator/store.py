@@ -5,7 +5,8 @@ answer, does not count any more after two seconds, so that it delays nobody. All
 the process from ending.
 
 What a parked database costs is a watch, and three `stat` calls in `SWEEP_S`: in case an event is lost. Where there are no events to be had it is looked at
-as often as `POLLS_PER_S` allows. When more databases are written to than may be open, they take turns.
+as often as `POLLS_PER_S` allows. When more databases are written to than may be open, they take turns: those that wait stand in a queue, and
+are not tried again before there is a place, or time for another look at who could leave.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SWEEP_S = 60.0
 POLL_S = 1.0
 POLLS_PER_S = 2000
 SLICE_S = 0.5
+ASK_AGAIN_S = 0.5
 TRIM_FROM = 100
 TRIM_EVERY_S = 30.0
 
@@ -69,6 +71,10 @@ class Store:
         self._closing = False
         self._opened: set[Member] = set()
         self._opening = 0
+        self._waiting: dict[Member, None] = {}
+        self._asked: dict[Member, float] = {}  # to leave, and when; those that did not want to stay in it for a while
+        self._leaving: set[Member] = set()  # asked, and not visited since
+        self._make_room_at = math.inf
         self._trim_at = 0.0
         self._sweeping: Iterator[Member] = iter(())
         self._slice = 1
@@ -105,6 +111,11 @@ class Store:
         )
 
     @property
+    def is_started(self) -> bool:
+        """Whether what there is at the start is known, directories included."""
+        return self._thread is not None
+
+    @property
     def is_closing(self) -> bool:
         return self._closing
 
@@ -132,6 +143,10 @@ class Store:
 
     def _touched(self, member: Member) -> None:
         with self._changed:
+            if member in self._waiting:
+                if not member.is_hot:
+                    return
+                del self._waiting[member]  # somebody who asks has opened it
             if not member.working and member not in self._ready and member.due > time.monotonic():
                 self._schedule(member, 0.0)
 
@@ -152,6 +167,8 @@ class Store:
                     due, _, member = heapq.heappop(self._heap)
                     if due == member.due and not member.working and self._members.get(member.key) is member:
                         self._ready[member] = None
+                if now >= self._make_room_at:
+                    self._make_room()
                 room = self._pool.room()
                 while self._ready and room > 0:
                     member = next(iter(self._ready))
@@ -164,30 +181,27 @@ class Store:
                     if not self._is_sweeping and self._limits.park_after_s is not None:
                         self._is_sweeping = True
                         self._pool.submit(self._sweep)
-                due = min(next_sweep, self._heap[0][0] if self._heap else math.inf)
+                due = min(next_sweep, self._make_room_at, self._heap[0][0] if self._heap else math.inf)
                 if self._ready:
                     due = min(due, now + self._pool.recheck_s())
                 self._changed.wait(None if due == math.inf else max(0.0, due - time.monotonic()))
 
     def _work(self, member: Member) -> None:
         was_tried, due = member.was_tried, math.inf
-        reserved = 0
+        reserved, refused = 0, False
 
         def may_open() -> bool:
-            nonlocal reserved
+            nonlocal reserved, refused
             found = self._reserve()
-            reserved += found
+            reserved, refused = reserved + found, not found
             return found
 
         try:
             if member.is_parked or member.is_hot:
                 due = member.visit(must_leave=self._must_leave(member), may_open=may_open)
-            elif member.state == "waiting" and (self._retry or not member.was_tried):
-                if may_open():
-                    member.start()
-                    due = member.next_due() if self._retry or member.is_hot or member.is_parked else math.inf
-                else:
-                    due = time.monotonic() + BUSY_RETRY_S
+            elif member.state == "waiting" and (self._retry or not member.was_tried) and may_open():
+                member.start()
+                due = member.next_due() if self._retry or member.is_hot or member.is_parked else math.inf
         except Exception as error:
             log.error("cannot replicate, by a defect db=%s", member.path, exc_info=error)
             member.error, member.retry_at, member.was_tried = error, math.inf, True
@@ -195,38 +209,75 @@ class Store:
             with self._changed:
                 member.working = False
                 self._opening -= reserved
-                if member.is_hot:
-                    self._opened.add(member)
-                self._schedule(member, 0.0 if member.is_parked and member.poked and due > time.monotonic() + BUSY_RETRY_S else due)
+                left = member in self._opened and not member.is_hot
+                self._note_whether_open(member)
+                self._leaving.discard(member)
+                if refused:
+                    self._wait_for_room(member)
+                else:
+                    self._schedule(member, 0.0 if member.is_parked and member.poked and due > time.monotonic() + BUSY_RETRY_S else due)
+                if (left or reserved) and self._waiting:
+                    self._make_room()
                 self._untried -= member.was_tried and not was_tried
                 self._changed.notify_all()
         if not member.is_parked:
             self._on_change()
 
-    # -- the number of open databases ----------------------------------------------------------------------------------------------
+    # -- the number of open databases; all with the lock held ----------------------------------------------------------------------
 
-    def _open(self) -> list[Member]:
-        """Return those that are open; called with the lock held."""
-        self._opened = {member for member in self._opened if member.is_hot}
-        return list(self._opened)
+    def _note_whether_open(self, member: Member) -> None:
+        if member.is_hot:
+            self._opened.add(member)
+        else:
+            self._opened.discard(member)
+
+    def _places(self) -> int:
+        """Return how many databases more may be open."""
+        free = self._limits.hot - len(self._opened) - self._opening
+        if free <= 0:  # one that was stopped by others has left a place
+            self._opened = {member for member in self._opened if member.is_hot}
+            free = self._limits.hot - len(self._opened) - self._opening
+        return free
 
     def _reserve(self) -> bool:
-        """Take the place of one more open database. When there is none, one is asked to leave."""
+        """Take the place of one more open database."""
         with self._changed:
-            hot = self._open() if self._limits.hot < len(self._members) else []
-            if len(hot) + self._opening < self._limits.hot:
-                self._opening += 1
-                return True
-            leaving = min((member for member in hot if not member.working), key=lambda member: member.rank, default=None)
-            if leaving is not None:
-                self._schedule(leaving, 0.0)
-            return False
+            if self._places() <= 0:
+                return False
+            self._opening += 1
+            return True
 
     def _must_leave(self, member: Member) -> bool:
         with self._changed:
-            if not member.is_hot or self._limits.hot >= len(self._members) or len(self._open()) < self._limits.hot:
-                return False
-            return any(other.wants_to_open for other in self._members.values())
+            return bool(self._waiting) and member.is_hot and self._places() <= 0
+
+    def _wait_for_room(self, member: Member) -> None:
+        if self._members.get(member.key) is member:
+            member.due = math.inf
+            self._waiting[member] = None
+            if self._make_room_at == math.inf:
+                self._make_room_at = 0.0
+
+    def _make_room(self) -> None:
+        """Let those who wait have the places that are free, and ask others to leave, as many as the pool can close in a while."""
+        free = self._places() - len(self._ready)
+        for member in list(itertools.islice(self._waiting, max(0, free))):
+            del self._waiting[member]
+            self._ready[member] = None
+        if not self._waiting:
+            self._make_room_at = math.inf
+            return
+        now = time.monotonic()
+        wanted = min(2 * AT_ONCE, len(self._waiting)) - len(self._leaving)
+        if now < self._make_room_at and len(self._leaving) > AT_ONCE // 2:
+            return  # looking at all that are open costs something
+        self._make_room_at = now + BUSY_RETRY_S
+        self._asked = {member: when for member, when in self._asked.items() if member.is_hot and when > now - ASK_AGAIN_S}
+        others = (member for member in self._opened if member.is_hot and not member.working and member not in self._asked)
+        for member in heapq.nsmallest(max(0, wanted), others, key=lambda member: member.rank):
+            self._asked[member] = now
+            self._leaving.add(member)
+            self._schedule(member, 0.0)
 
     # -- the safety net ----------------------------------------------------------------------------------------------------------
 
@@ -284,8 +335,7 @@ class Store:
         finally:
             with self._changed:
                 member.working = False
-                if member.is_hot:
-                    self._opened.add(member)
+                self._note_whether_open(member)
                 self._untried -= member.was_tried
                 self._schedule(member, member.next_due())
                 self._changed.notify_all()
@@ -321,6 +371,9 @@ class Store:
         if member is not None:
             self._untried -= not member.was_tried
             self._ready.pop(member, None)
+            self._waiting.pop(member, None)
+            self._leaving.discard(member)
+            self._opened.discard(member)
             self._changed.notify_all()
         return member
 

@@ -67,7 +67,7 @@ class V3Engine(Engine):
     # -- opening -----------------------------------------------------------------------------------------------------------------
 
     def _join(self) -> list[Entry]:
-        self._staging = Staging(self._folder / "staged-v3", limit_bytes=self._staging_limit)
+        self._staging = Staging(self._folder / "staged-v3", limit_bytes=self._staging_limit, memory=self._memory)
         lineage, generation = self._read_state()
         recorded: dict[V3Replica, bytes | None] = {}
         failed: StorageUnavailable | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID
 from replicator.format.v3 import FrameEncoder, Position
@@ -62,7 +62,7 @@ def encode_v3(staging: Staging, file: V3File, content: Iterable[bytes | bytearra
         for piece in content:
             spool.write(encoder.feed(memoryview(piece)))
         spool.write(encoder.close())
-        return replace(file, body=spool.finish())
+        return spool.finish(file)
     except BaseException:
         spool.discard()
         raise

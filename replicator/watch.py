@@ -76,7 +76,7 @@ class Watcher:
         self._source: _Source | None = None
         self._watches: dict[bytes, int] = {}
         self._folders: dict[int, bytes] = {}
-        self._subscribed: dict[bytes, dict[bytes, list[Subscription]]] = {}
+        self._subscribed: dict[bytes, dict[bytes, tuple[Subscription, ...]]] = {}
         self._failed: set[int] = set()
         self.overflows = 0
 
@@ -88,17 +88,20 @@ class Watcher:
     def subscribe(self, folder: Path, names: tuple[bytes, ...], seen: Seen) -> Subscription | None:
         """Begin to watch names in a folder; None where there are no events to be had: then only polling helps."""
         where = os.fsencode(folder)
-        found = Subscription(self, where, names, seen)
         with self._lock:
-            if where not in self._watches:
+            number = self._watches.get(where)
+            if number is None:
                 try:
                     self._watch(where)
                 except OSError as error:
                     self._cannot(where, error)
                     return None
-            subscribed = self._subscribed.setdefault(where, {})
+            else:
+                where = self._folders[number]  # one text for all: of ten thousand folders each is watched for two
+            found = Subscription(self, where, names, seen)
+            subscribed, alone = self._subscribed.setdefault(where, {}), (found,)
             for name in names:
-                subscribed.setdefault(name, []).append(found)
+                subscribed[name] = (*held, found) if (held := subscribed.get(name)) else alone
         return found
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -106,11 +109,10 @@ class Watcher:
         with self._lock:
             names = self._subscribed.get(subscription.folder, {})
             for name in subscription.names:
-                held = names.get(name, [])
-                if subscription in held:
-                    held.remove(subscription)
-                    if not held:
-                        del names[name]
+                if left := tuple(item for item in names.get(name, ()) if item is not subscription):
+                    names[name] = left
+                else:
+                    names.pop(name, None)
             if not names and subscription.folder in self._subscribed:
                 del self._subscribed[subscription.folder]
                 self._unwatch(subscription.folder)

@@ -241,13 +241,13 @@ def _cpu_s(process: Running) -> float:
 def test_more_databases_than_may_be_open_take_turns(fleet: Fleet) -> None:
     names = [f"{number}.db" for number in range(12)]
     fleet.create(*names)
-    with running("-config", fleet.configure(park="20s", more=", max-hot: 3")) as process:
+    with running("-config", fleet.configure(park="20s", more=", max-hot: 3, max-queued: 0")) as process:
         fleet.listening(process)
         until(lambda: fleet.metric("pyrepl_replica_txid{") >= 12, 90)
         seen = [0]
         for name in names:
             connection = connect(fleet.data / name)
-            insert(connection, 1)
+            connection.execute("UPDATE t SET v = randomblob(300000) WHERE id = 1")
             connection.close()
             seen.append(fleet.states()["replicating"])
 
@@ -305,6 +305,9 @@ def test_a_folder_that_loses_its_permissions_is_skipped_and_its_databases_are_ke
         assert fleet.state_of("closed/c.db") != ""
         os.chmod(fleet.data / "closed", 0o755)
         until(lambda: fleet.state_of("closed/c.db") == "replicating", 60)
+        fleet.create("sub/x/d.db")  # this process may
+        os.chmod(fleet.data / "sub" / "x", 0o755)
+        until(lambda: fleet.state_of("sub/x/d.db") == "replicating")
     finally:
         os.chmod(fleet.data / "closed", 0o755)
         process.close()

@@ -61,7 +61,7 @@ OWN = {
     "Top level": {
         "x-*",
         "lease",
-        *(f"pyrepl.{key}" for key in ("park-after", "park-max-size", "max-hot", "max-recent", "max-uploads-per-second")),
+        *(f"pyrepl.{key}" for key in ("park-after", "park-max-size", "max-hot", "max-recent", "max-queued", "max-uploads-per-second")),
     },
     "Databases": {"verify-interval", "format", "sync", "lease"},
     "Replicas": {"format"},

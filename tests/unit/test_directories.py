@@ -97,7 +97,7 @@ def test_the_walk(tmp_path: Path) -> None:
         "link.db",
     ]  # the link comes last
     assert {str(path.relative_to(tmp_path)) for path in found.databases} == {"a.db", "link.db", "sub/b.db", ".hidden/c.db"}
-    reasons = {path.name: why for path, why in found.skipped.items()}
+    reasons = {os.path.basename(path): why for path, why in found.skipped.items()}
     assert reasons == {
         "empty.db": "not a database", "text.db": "not a database", "fifo.db": "not a file", "gone.db": "not a file",
         "self.db": "cannot be read: too many levels of symbolic links",

@@ -77,10 +77,12 @@ def test_what_is_not_there_and_wrong_methods() -> None:
     assert post("/unregister", b'{"path":"/none"}') == (200, {"status": "already_unregistered", "path": "/none", "txid": 0})
 
 
-def test_an_empty_store_is_ready_until_it_closes() -> None:
+def test_an_empty_store_is_ready_from_its_start_until_it_closes() -> None:
     store = Store()
     observed = Observed(store, lambda: b"text")
     assert observed.respond(Request("GET", "/metrics", {})).body == b"text"
+    assert observed.respond(Request("GET", "/readyz", {})).status == 503
+    store.start()
     assert observed.respond(Request("GET", "/readyz", {})).status == 200
     store.close(0.1)
     assert observed.respond(Request("GET", "/readyz", {})).status == 503
