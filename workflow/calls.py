@@ -16,7 +16,7 @@ from sqlite3 import Connection
 from typing import Any
 
 from workflow import journal as jr
-from workflow.context import Attempt, Step, here
+from workflow.context import Attempt, Failure, Step, here
 from workflow.errors import (
     Fatal,
     NeedsReplica,
@@ -139,7 +139,7 @@ class Calls(Recording):
             await self._begin_wait(entry)
             await self._replicate()
             try:
-                await self._services.outside.start_child(self.id, call.key, child, call.flow, call.input)
+                await self._services.outside.start_child(self.id, call.key, child, call.flow, call.input, self._traceparent())
             except Exception as error:
                 entry.cause = error
                 self._finish(entry, "failed", error=failure_text(error, 1))
@@ -216,7 +216,7 @@ class Calls(Recording):
         wanted = step.durability == "replicated" or self.instance.durability == "replicated" or not step.repeat
         return wanted and self._services.barrier is not None
 
-    async def _retry(self, entry: Entry, step: Step[..., Any], failure: tuple[str, Exception, str, dict[str, Any]]) -> bool:
+    async def _retry(self, entry: Entry, step: Step[..., Any], failure: Failure) -> bool:
         """Record a failed attempt and wait for the next; False when there is none."""
         record = entry.record
         outcome, error, started_at, usage = failure
@@ -257,10 +257,14 @@ class Calls(Recording):
             return False
         return True
 
-    async def _attempt(self, entry: Entry, step: Step[..., Any]) -> tuple[str, Exception, str, dict[str, Any]] | None:
-        """Run the body once. On success the record is final; otherwise returns (outcome, error, started_at, usage)."""
+    def _attempt(self, entry: Entry, step: Step[..., Any]) -> Awaitable[Failure | None]:
+        """Run the body once. On success the record is final, and there is no `Failure`."""
+        info = Attempt(self._key(entry.call.key), self)
+        work = self._try(entry, step, info)
+        return work if self._stay is None else self._stay.attempt(work, entry.record, info)
+
+    async def _try(self, entry: Entry, step: Step[..., Any], info: Attempt) -> Failure | None:
         call, record = entry.call, entry.record
-        info = Attempt(self._key(call.key), self)
         started_at = self._now()
         self._running += 1
         try:

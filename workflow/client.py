@@ -23,6 +23,7 @@ from workflow.errors import Conflict, Refused, RunFailed
 from workflow.intake import Indexed, Request
 from workflow.objects import LocalObjects, Objects, Reader
 from workflow.state import ENDED, Record, RunStatus, check_id, ulid
+from workflow.tracing import caller
 from workflow.values import decode, digest, encode, iso, loads
 
 if TYPE_CHECKING:
@@ -312,6 +313,9 @@ class Client:
                 raise TypeError(f"not a flow: {flow!r}")
             name, text, found = flow.name, flow.signature.encode(args, kwargs)[0], flow
         body = {"flow": name, "input": text, "priority": priority if priority is not None else (found.priority if found else 0)}
+        traceparent = caller()
+        if traceparent:
+            body["traceparent"] = traceparent
         request = Request(
             f"start:{id}:{digest(name + text)[:16]}", id, "start", encode(body, "start")[0], self.sender, iso(datetime.now(UTC))
         )

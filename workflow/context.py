@@ -25,6 +25,7 @@ from workflow.values import ObjectReader, Signature, decode, digest, encode
 __all__ = [
     "Attempt",
     "Call",
+    "Failure",
     "Flow",
     "Runner",
     "Scope",
@@ -103,6 +104,9 @@ class Attempt:
     usage: dict[str, Any] = field(default_factory=dict)
     state: dict[str, str | None] = field(default_factory=dict)
 
+
+Failure = tuple[str, Exception, str, dict[str, Any]]
+"""Of an attempt: (outcome, error, started_at, usage)."""
 
 here: contextvars.ContextVar[Scope | Attempt | None] = contextvars.ContextVar("workflow", default=None)
 

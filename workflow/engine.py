@@ -39,10 +39,13 @@ from workflow.objects import LocalObjects, Objects, Reader
 from workflow.post import Post, Postman
 from workflow.recording import Services
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
+from workflow.tracing import tracing_of
 from workflow.values import digest, iso
 from workflow.worker import Execution
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
     from replicator import ReplicatorError
 
 __all__ = ["Engine"]
@@ -81,6 +84,7 @@ class Engine(Post):
         clock: Clock | None = None,
         random: Random | None = None,
         max_crashes: int = MAX_RESUMES,
+        tracer: Tracer | Literal[False] | None = None,
         synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL",
         faults: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -104,6 +108,8 @@ class Engine(Post):
             clock: for tests (`workflow.testing.VirtualClock`).
             random: for the jitter of retries.
             max_crashes: a run that takes its process down so often without finishing a step is quarantined.
+            tracer: of OpenTelemetry. None: spans go to the provider that the application has set, and there are none when it has set none as this context
+                is entered. False: none in any case.
             synchronous: SQLite's setting; less than FULL loses what a power cut takes, and is for tests and comparisons.
             faults: for tests: called with a run's id and "before" or "after" around each of its commits, in a thread.
         """
@@ -121,6 +127,7 @@ class Engine(Post):
         self._clock = clock or Clock()
         self._random = random or Random()
         self._max_crashes = max_crashes
+        self._tracer = tracer
         self._synchronous = synchronous
         self._faults = faults
         self._machine = socket.gethostname()
@@ -180,6 +187,7 @@ class Engine(Post):
                 barrier=self._replication.barrier if self._replication is not None else None,
                 check_owner=self._replication.check_owner if self._replication is not None else _anybody,
                 on_idle=self._on_idle,
+                tracing=tracing_of(self._tracer),
             )
             self._undo = number_tasks(self._loop, _make_task)
         except BaseException:

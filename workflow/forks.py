@@ -95,7 +95,7 @@ class Forks(Running):
         instance = Instance(
             new, os.urandom(6).hex(), old.flow, "waiting", old.input, old.input_sha256, now, now,
             forked_from=f"{id}/{step}", durability=old.durability, priority=old.priority,
-            owner=self._host if self._replication is not None else None,
+            owner=self._host if self._replication is not None else None, traceparent=old.traceparent,
         )  # fmt: skip
         jr.cut(temporary, instance, number)
         with temporary.open("rb") as file:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.errors import MissingObject, Unreadable
-from workflow.schema import APPLICATION_ID, INSTANCE, VERSION
+from workflow.schema import APPLICATION_ID, INSTANCE, MIGRATIONS, VERSION
 from workflow.state import Record, RunStatus
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Loaded",
     "Write",
     "add_events",
+    "copy",
     "create",
     "cut",
     "put_attempt",
@@ -73,6 +74,7 @@ class Instance:
     resumes: int = 0
     finished_at: str | None = None
     owner: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(slots=True)
@@ -271,6 +273,8 @@ def _open(path: Path, *, readonly: bool) -> sqlite3.Connection:
             raise Unreadable(str(path), "it is not an instance file")
         if version > VERSION:
             raise Unreadable(str(path), f"it is of version {version}, this code knows {VERSION}: use a newer release")
+        if version < VERSION and not readonly:
+            _migrate(connection, version)
     except sqlite3.Error as error:
         connection.close()
         raise Unreadable(str(path), str(error)) from error
@@ -278,6 +282,12 @@ def _open(path: Path, *, readonly: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Bring a file of an older version up to date, in one transaction. What only reads takes it as it is."""
+    steps = "".join(MIGRATIONS[number] for number in range(version + 1, VERSION + 1))
+    connection.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT")
 
 
 class Journal:
@@ -375,6 +385,17 @@ def _is_ours(name: str | None) -> bool:
     return (name or "").lower().startswith("wf_")
 
 
+def copy(path: Path, target: Path) -> None:
+    """Write a consistent copy of a file, which stays as it is. Raises `Unreadable`."""
+    connection = _open(path, readonly=True)
+    try:
+        connection.execute("VACUUM INTO ?", (str(target),))
+    except sqlite3.DatabaseError as error:
+        raise Unreadable(str(path), str(error)) from error
+    finally:
+        connection.close()
+
+
 def read(path: Path) -> Loaded:
     """Read a file without writing to it, also while its engine runs. Raises `Unreadable`."""
     connection = _open(path, readonly=True)
@@ -436,7 +457,9 @@ def _load(db: sqlite3.Connection, path: Path) -> Loaded:
     try:
         db.execute("BEGIN")
         try:
-            instance = [Instance(*row) for row in db.execute(f"SELECT {', '.join(_INSTANCE)} FROM wf_instance")]
+            found = db.execute("SELECT * FROM wf_instance")  # a file of an older version has fewer columns
+            names = [column[0] for column in found.description]
+            instance = [Instance(**{name: value for name, value in zip(names, row, strict=True) if name in _INSTANCE}) for row in found]
             if len(instance) != 1:
                 raise Unreadable(str(path), "it has no row in wf_instance")
             records = [

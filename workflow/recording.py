@@ -34,6 +34,7 @@ from workflow.journal import Journal, Loaded, Write
 from workflow.lanes import Lane, Then, settle
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
 from workflow.state import Record, StepStatus, idempotency_key
+from workflow.tracing import Stay, Tracing
 from workflow.values import Artifact, ObjectReader, digest, encode, iso
 
 __all__ = ["BY_CANCEL", "BY_TASK", "Entry", "FlowTask", "Idle", "Outside", "Recording", "Services", "Slot", "error_text", "failure_text"]
@@ -47,7 +48,7 @@ UNWIND_S = 1.0
 class Outside(Protocol):
     """What a run asks of the engine, all of it harmless to repeat."""
 
-    async def start_child(self, parent: str, key: str, id: str, flow: Flow[..., Any], input: str) -> None:
+    async def start_child(self, parent: str, key: str, id: str, flow: Flow[..., Any], input: str, traceparent: str | None) -> None:
         """Accept the start of a child. Raises `Conflict`."""
 
     async def send_event(self, id: str, run: str, type: str, payload: str, sender: str) -> None:
@@ -84,6 +85,7 @@ class Services:
     check_owner: Callable[[], None]
     """Raises when this host may not run bodies (any more)."""
     on_idle: Callable[[Idle], None]
+    tracing: Tracing | None = None
 
 
 class FlowTask(asyncio.Task[Any]):
@@ -186,6 +188,7 @@ class Recording:
         self._was_touched = False
         self._root: FlowTask | None = None
         self._grace: Timer | None = None
+        self._stay: Stay | None = None
 
     def _pump(self) -> None:
         """Deliver what is ready (see `worker.py`)."""
@@ -309,6 +312,9 @@ class Recording:
 
     def _now(self) -> str:
         return iso(self._services.clock.now())
+
+    def _traceparent(self) -> str | None:
+        return self._stay.traceparent if self._stay is not None else self.instance.traceparent
 
     def _key(self, key: str) -> str:
         return idempotency_key(self.id, self.instance.incarnation, key)

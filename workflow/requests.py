@@ -18,6 +18,7 @@ from workflow.intake import Indexed, Request
 from workflow.journal import Event
 from workflow.places import Active
 from workflow.state import ENDED, Durability, check_id
+from workflow.tracing import checked
 from workflow.values import digest, encode, loads
 
 __all__ = ["Requests"]
@@ -40,11 +41,13 @@ class Requests(Forks):
         parent: tuple[str, str] | None = None,
         *,
         is_chosen: bool = False,
+        traceparent: str | None = None,
     ) -> bool:
         """Accept a run; durable on return. Returns whether the id is that of a run with another flow or input.
 
         Args:
             is_chosen: somebody chose the id, so that another host may have a run of it, too.
+            traceparent: of what asked for it, where that is known.
         """
         self._check_open()
         now = self._now()
@@ -66,6 +69,9 @@ class Requests(Forks):
             None,
         )
         body = {"flow": flow.name, "input": text, "priority": priority, "durability": durability, "parent": parent, "chosen": is_chosen}
+        traceparent = traceparent or (self._services.tracing.start(flow.name, id) if self._services.tracing is not None else None)
+        if traceparent:
+            body["traceparent"] = traceparent
         request = Request(f"start:{id}", id, "start", encode(body, "start")[0], self.sender, now)
         self._pending += 1
         try:
@@ -194,7 +200,15 @@ class Requests(Forks):
         if not -MAX_PRIORITY <= int(body["priority"]) <= MAX_PRIORITY:
             raise ValueError(f"not a priority: {body['priority']}")
         flow.signature.decode(str(body["input"]), self.reader)
-        is_conflict = await self._start(flow, request.instance, str(body["input"]), int(body["priority"]), flow.durability, is_chosen=True)
+        is_conflict = await self._start(
+            flow,
+            request.instance,
+            str(body["input"]),
+            int(body["priority"]),
+            flow.durability,
+            is_chosen=True,
+            traceparent=checked(body.get("traceparent")),
+        )
         if is_conflict:
             raise Conflict(request.instance)
         await self._intake.do(functools.partial(ik.done, request=request.id))
@@ -205,9 +219,9 @@ class Requests(Forks):
 
     # -- what runs ask (see `recording.Outside`) -----------------------------------------------------------------------------------
 
-    async def start_child(self, parent: str, key: str, id: str, flow: Flow[..., Any], input: str) -> None:
+    async def start_child(self, parent: str, key: str, id: str, flow: Flow[..., Any], input: str, traceparent: str | None) -> None:
         """Accept the start of a child. Again is harmless."""
-        is_conflict = await self._start(flow, id, input, flow.priority, flow.durability, (parent, key))
+        is_conflict = await self._start(flow, id, input, flow.priority, flow.durability, (parent, key), traceparent=traceparent)
         if is_conflict:
             raise Conflict(id)
         found = await self._known(id)

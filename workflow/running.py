@@ -138,7 +138,7 @@ class Running(Places):
         instance = Instance(
             id, os.urandom(6).hex(), body["flow"], "running", body["input"], digest(body["input"]), now, now,
             parent_id=parent[0], parent_key=parent[1], durability=body["durability"], priority=body["priority"],
-            owner=self._host if self._replication is not None else None,
+            owner=self._host if self._replication is not None else None, traceparent=body.get("traceparent"),
         )  # fmt: skip
         return path, await lane.submit(jr.create, path, self._template, instance), bool(body.get("chosen", True))
 

@@ -1,14 +1,19 @@
 """The tables of an instance file and of a host's intake, as SQL text. Made to be read: text is JSON or ISO 8601 in UTC, never pickle.
 
-A change here is a new `VERSION` with a migration beside it in `journal.py`; files of a newer version are refused, not guessed at.
+A change here is a new `VERSION` with a migration in `MIGRATIONS`; files of a newer version are refused, not guessed at.
 """
 
 from __future__ import annotations
 
-__all__ = ["APPLICATION_ID", "INSTANCE", "INTAKE", "VERSION"]
+__all__ = ["APPLICATION_ID", "INSTANCE", "INTAKE", "MIGRATIONS", "VERSION"]
 
 APPLICATION_ID = 0x77666C77  # 'wflw': what `file` and our tools know an instance file by
-VERSION = 1
+VERSION = 2
+
+MIGRATIONS = {
+    2: "ALTER TABLE wf_instance ADD COLUMN traceparent TEXT;",
+}
+"""What makes an instance file of the version before one of this version."""
 
 INSTANCE = f"""
 PRAGMA page_size = 4096;
@@ -30,7 +35,8 @@ CREATE TABLE wf_instance (                      -- exactly one row
   durability   TEXT NOT NULL DEFAULT 'local' CHECK (durability IN ('local','replicated')),
   priority     INTEGER NOT NULL DEFAULT 0,
   resumes      INTEGER NOT NULL DEFAULT 0,      -- restarts after a crash since the last finished step
-  created_at   TEXT NOT NULL, updated_at TEXT NOT NULL, finished_at TEXT
+  created_at   TEXT NOT NULL, updated_at TEXT NOT NULL, finished_at TEXT,
+  traceparent  TEXT                             -- W3C trace context of its start
 ) STRICT;
 
 CREATE TABLE wf_steps (

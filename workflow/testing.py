@@ -307,11 +307,7 @@ def replay_recorded(path: Path, flow: Callable[..., Any], folder: Path) -> tuple
     loaded = jr.read(path)
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{loaded.instance.id}.db"
-    source = jr.Journal(path)
-    try:
-        source.copy_to(copy)
-    finally:
-        source.close()
+    jr.copy(path, copy)
     jr.reopen(copy, flow.name)
 
     async def again() -> tuple[str, str | None]:

@@ -72,11 +72,22 @@ class Execution(Calls):
 
     async def run(self) -> Ending:
         """Run until the flow ends, or leaves memory. Nothing of the run is left in memory afterwards; the file is still open."""
+        if self._services.tracing is None:
+            return await self._run()
+        with self._services.tracing.stay(self.instance) as self._stay:
+            ending = await self._run()
+            error = ending.error or (str(ending.failure) if ending.failure is not None else None)
+            self._stay.ends(ending.status if ending.kind == "ended" else ending.kind, error)
+            return ending
+
+    async def _run(self) -> Ending:
         if self._services.barrier is not None and any(record.durability == "replicated" for record in self._records.values()):
             await self._services.barrier(self.id)
         scope = Scope(self, "")
         context = self._outside.copy()
         context.run(here.set, scope)
+        if self._stay is not None:
+            self._stay.enter(context)
         self._root = self.adopt(self._body(), scope, context)
         self._schedule()
         await asyncio.wait({self._root})

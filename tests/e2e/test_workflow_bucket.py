@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -347,15 +347,18 @@ async def one(number: int) -> int:
 
 
 @flow
-async def ten() -> int:
-    for number in range(10):
+async def some(count: int) -> int:
+    for number in range(count):
         await one(number)
-    return 10
+    return count
 
 
 @BOTH
-def test_a_local_run_of_ten_steps_costs_three_puts_and_no_list(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what the host stores for all its runs: its intake and its lease."""
+@pytest.mark.parametrize(("count", "durability"), [(10, "local"), (50, "local"), (10, "replicated")])
+def test_a_local_run_costs_three_puts_and_no_list_and_a_replicated_one_two_more_for_each_step(
+    count: int, durability: Literal["local", "replicated"], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what the host stores for all its runs: its intake and its lease. These are the figures of docs/workflow.md."""
     calls: list[str] = []
     kind = type(open_client(url))
 
@@ -374,13 +377,14 @@ def test_a_local_run_of_ten_steps_costs_three_puts_and_no_list(url: str, tmp_pat
             await asyncio.sleep(0.5)
             for name in ("list", "list_folders", "list_objects", "open", "open_object", "get_control", "put", "put_control", "put_object"):
                 counted(name)
-            assert await (await engine.start(ten)).result() == 10
+            assert await (await engine.start(some, count, durability=durability)).result() == count
 
             async def is_over() -> bool:
                 return not engine._active
 
             await until(is_over)
-        assert calls == ["put_control", "put", "put_object"]  # its lineage, its file, and its mark
+        uploads = 1 if durability == "local" else 1 + 2 * count  # intent and result; and the end
+        assert calls == ["put_control", *["put"] * uploads, "put_object"]  # its lineage, its file, and its mark
 
     asyncio.run(run())
 
