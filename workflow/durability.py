@@ -131,10 +131,10 @@ class Replication:
         """Return when the replica has the intake as it is now."""
         await self._run(self.wait_intake)
 
-    def wait_intake(self) -> None:
-        """Do what `intake_barrier` does; blocks."""
+    def wait_intake(self, timeout_s: float | None = None) -> None:
+        """Do what `intake_barrier` does; blocks. Raises `ReplicatorError`, also when it takes longer."""
         if self._intake is not None:
-            self._intake.wait(None)
+            self._intake.wait(timeout_s=timeout_s)
 
     def check_owner(self) -> None:
         """Return if bodies may run now; no request. Raises `NotOwner`."""

@@ -138,6 +138,7 @@ class Engine(Fleet):
         if fleet and (replica is None or only is not None):
             raise ValueError("a host of a fleet needs replica=, and all of its runs")
         self._stopped = asyncio.Event()
+        self._fleet_task: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class Engine(Fleet):
             await self.crash()
             raise
         if self._is_member:
-            self._pollers.add(self._loop.create_task(self._poll_fleet()))
+            self._fleet_task = self._loop.create_task(self._poll_fleet())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -242,6 +243,9 @@ class Engine(Fleet):
         for poller in self._pollers:
             poller.cancel()
         await asyncio.wait(self._pollers)
+        if self._fleet_task is not None:
+            self._parting.set()
+            await asyncio.wait({self._fleet_task})
 
     async def _close(self, *, release: bool = True) -> None:
         while self._helpers:

@@ -24,7 +24,7 @@ from replicator.errors import LeaseHeld, ReplicatorError
 from workflow import intake as ik
 from workflow.bucket import shard_of
 from workflow.context import flows
-from workflow.errors import NotOwner
+from workflow.errors import NotOwner, WorkflowError
 from workflow.intake import Indexed, Request
 from workflow.membership import GONE, KEPT_TAKEOVERS, UP, HostRecord, Members, Part, Takeover
 from workflow.placement import Candidate, first, watchers
@@ -75,6 +75,7 @@ class Fleet(Post):
         self._tried: dict[str, float] = {}
         self._looked_at: float | None = None
         self._written_at: float | None = None
+        self._parting = asyncio.Event()
         self._is_joined = True
 
     def _part_from_fleet(self) -> None:
@@ -87,7 +88,8 @@ class Fleet(Post):
         self._handed.close()
 
     async def _poll_fleet(self) -> None:
-        while self._lost is None:
+        """Look again and again. Never cancelled: a look that has taken a lease must say so."""
+        while self._lost is None and not self._parting.is_set():
             try:
                 await self.look_at_fleet()
             except (ReplicatorError, OSError) as error:
@@ -95,7 +97,8 @@ class Fleet(Post):
                 await asyncio.to_thread(self._watch_anew)
             except NotOwner:  # until the lease is renewed
                 await asyncio.to_thread(self._watch_anew)
-            await asyncio.sleep(self._fleet_poll_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._parting.wait(), self._fleet_poll_s)
 
     async def look_at_fleet(self) -> None:
         """Say how this host stands, take in what it was given, and take over hosts that are gone.
@@ -115,7 +118,7 @@ class Fleet(Post):
             record = await asyncio.to_thread(self.record)
             await asyncio.to_thread(self._records.write, record)
         heirs, free = await asyncio.to_thread(self._look_at_others, now)
-        if self._host in heirs:
+        if self._host in heirs and not self._parting.is_set():
             await self._take_in_handed()
         for host in free:
             self._taking.add(host)
@@ -249,7 +252,11 @@ class Fleet(Post):
             part = await asyncio.to_thread(self._handed.get, self._host, name)
             if part is None:
                 continue
-            await self._take_in_part(part)
+            try:
+                await self._take_in_part(part)
+            except (sqlite3.Error, WorkflowError, ValueError) as error:  # others are taken in all the same
+                log.error("inherited runs cannot be taken in host=%s object=%s error=%r", self._host, name, str(error))
+                continue
             await asyncio.to_thread(self._handed.delete, self._host, [name])
 
     async def _take_in_part(self, part: Part) -> None:
@@ -293,4 +300,4 @@ class Fleet(Post):
         if not self._is_member:
             return super()._first_of(host_names, request)
         living: list[Candidate] = [record.candidate() for record in self._members.living(time.monotonic())]
-        return first(request.instance, str(loads(request.body).get("flow")), living) or self._host
+        return first(request.instance, str(loads(request.body).get("flow")), living) or ""  # nobody at once: the others are not known yet

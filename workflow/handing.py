@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from replicator.errors import ObjectNotFound
 from workflow import intake as ik
 from workflow.bucket import object_name, open_objects
+from workflow.errors import BadId
 from workflow.intake import Indexed, Request
 from workflow.membership import HostRecord, Part, parts
 from workflow.placement import ANY, Candidate, divide
@@ -37,6 +38,8 @@ __all__ = ["Handed", "HostRecords", "Inheritance", "hand_over"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 20
+WAIT_S = 60.0
+"""So long may it take to store that runs were given away; then it is done again."""
 
 
 class HostRecords:
@@ -97,7 +100,7 @@ class Handed:
                 return Part.decode(stream.read(MAX_BYTES))
         except ObjectNotFound:
             return None
-        except ValueError as error:
+        except (ValueError, BadId) as error:
             log.error("inherited runs cannot be read heir=%s object=%s error=%r", heir, name, str(error))
             return None
 
@@ -186,7 +189,7 @@ def hand_over(replication: Replication, folder: Path, handed: Handed, heirs: Seq
             db.execute("BEGIN IMMEDIATE")
             ik.keep_only(db, left)
             db.execute("COMMIT")
-            replication.wait_intake()
+            replication.wait_intake(WAIT_S)
     for name in handed.names(host):  # what it had been given itself, and not taken in
         part = handed.get(host, name)
         if part is None:
