@@ -322,6 +322,18 @@ class Engine(Fleet):
         assert self._lost is not None
         raise self._lost
 
+    async def advance(self, id: str) -> bool:
+        """Look now for what waits for a run, rather than when the next look is due; returns whether it is this host's. Again is harmless.
+
+        Raises:
+            ReplicatorError: the replica cannot be read.
+        """
+        self._check_open()
+        if await self._known(check_id(id, longest=200)) is None:
+            return False
+        await self.look_into_inbox()
+        return True
+
     async def take(self, id: str) -> Run:
         """Go on here with a run of another host of the same replica, which is gone: that host's writes to it are refused from now on.
 

@@ -150,21 +150,25 @@ class Fleet(Post):
     def _look_at_others(self, now: float) -> tuple[list[str], list[str]]:
         """Return who may have something to take in, and the hosts whose leases are this host's now."""
         listed = self._records.versions()
-        for name in self._members.changed(listed, now):
-            record = self._records.read(name)
-            self._members.records[name] = record or HostRecord(name, GONE)  # of a host that joined no fleet: it is left alone
+        fresh = set(self._members.changed(listed, now))
+        for name in fresh - {name for name, record in self._members.records.items() if record.state == UP}:
+            self._read_record(name)
         heirs = self._handed.heirs()
-        living = [record.host for record in self._members.living(now)]
+        living = {record.host for record in self._members.living(now)} | {self._host}
+        mine = [name for name in self._members.records if self._host in watchers(name, living, WATCHERS)]
+        for name in mine:  # of the others only the versions are looked at
+            if name in fresh or name not in self._watched:
+                self._read_record(name)
         free = []
         for name, record in self._members.records.items():
             if name == self._host or name in self._taking:
                 continue
-            is_due = record.left and now - self._tried.get(name, -LEFT_RETRY_S) >= LEFT_RETRY_S
+            is_due = record.left > 0 and now - self._tried.get(name, -LEFT_RETRY_S) >= LEFT_RETRY_S
             if record.state == GONE and not is_due and not (record.at and name in heirs and self._handed.names(name)):
                 self._stop_watching(name)
                 if record.at and not record.left and self._members.age_s(name, now) > GONE_KEPT_S:
                     self._records.delete(name)
-            elif self._host in watchers(name, {*living, self._host}, WATCHERS):
+            elif name in mine:
                 if self._is_free(name):
                     self._tried[name] = now
                     free.append(name)
@@ -173,6 +177,10 @@ class Fleet(Post):
         for name in [name for name in self._watched if name not in listed]:
             self._stop_watching(name)
         return heirs, free
+
+    def _read_record(self, name: str) -> None:
+        record = self._records.read(name)
+        self._members.records[name] = record or HostRecord(name, GONE)  # of a host that joined no fleet: it is left alone
 
     def _is_free(self, host: str) -> bool:
         """Look at a lease, and take it if it is free. One GET, mostly."""
@@ -233,9 +241,9 @@ class Fleet(Post):
         done = False
         try:
             estate.take_over_now()
-            mine = self.record()
-            heirs = {record.host: record.candidate() for record in self._members.living(time.monotonic()) if record.host != host}
-            heirs[self._host] = mine.candidate()
+            others = [record.host for record in self._members.living(time.monotonic()) if record.host not in (host, self._host)]
+            now = [record for record in map(self._records.read, others) if record is not None and record.state == UP]
+            heirs = {record.host: record.candidate() for record in [*now, self.record()]}
             runs, left = hand_over(estate, folder, self._handed, list(heirs.values()))
             generation = ownership.lease.generation
             self._records.write(HostRecord(host, GONE, at=self._now(), generation=generation, by=self._host, left=left))
