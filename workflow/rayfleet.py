@@ -15,6 +15,7 @@ Needs the extra `ray`. All of a cluster's processes must find the modules of the
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import concurrent.futures
 import contextlib
@@ -300,9 +301,41 @@ class RayFleet:
         ray.kill(self._scheduler, no_restart=True)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `python -m workflow.rayfleet`."""
+    made = argparse.ArgumentParser(description="Start a fleet on the Ray cluster of this machine, or empty a node of it.")
+    made.add_argument("url", help="the root of all runs")
+    made.add_argument("modules", nargs="+", help="that have the flows")
+    made.add_argument("--lease-ttl", type=float, default=30.0, help="seconds without a sign of life after which others take over")
+    made.add_argument("--poll", type=float, default=5.0, help="seconds between two looks at the others")
+    made.add_argument("--drain", metavar="NODE_ID", help="let the host on this node end in order")
+    return made
+
+
+def main() -> int:
+    """Run the command line; the fleet stays when this ends."""
+    import ray
+
+    options = parser().parse_args()
+    ray.init(address="auto", ignore_reinit_error=True)
+
+    async def run() -> None:
+        fleet = RayFleet(options.url, options.modules, lease_ttl_s=options.lease_ttl, fleet_poll_s=options.poll)
+        await fleet.begin()
+        if options.drain:
+            await fleet.drain(options.drain)
+
+    asyncio.run(run())
+    return 0
+
+
 def _text(answer: Any) -> str | None:
     return None if answer is None else str(answer)
 
 
 def _name(url: str) -> str:
     return f"fleet-{sha256(url.encode()).hexdigest()[:12]}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
