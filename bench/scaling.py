@@ -25,9 +25,9 @@ import numpy as np
 from replicator.clock import Moment
 from replicator.format.lock import LockRecord
 from replicator.tenure import Sighting, sighted, wait_s
-from workflow.fleet import RECORD_PART, WATCHERS
-from workflow.membership import GONE, UP, HostRecord, Members
-from workflow.placement import divide, watchers
+from workflow.fleet import RECORD_PART
+from workflow.membership import GONE, UP, WATCHERS, HostRecord, Members
+from workflow.placement import divide
 
 __all__ = ["Fleet", "Outcome", "dollars", "lag_s", "requests_per_s", "simulate", "takeover_s"]
 
@@ -204,10 +204,7 @@ class World:
         fresh = set(members.changed({name: version for name, (version, _) in self.records.items()}, now))
         for name in fresh - {name for name, record in members.records.items() if record.state == UP}:
             self.read(host, name, "first GET")
-        living = {record.host for record in members.living(now)} | {host.name}
-        for name in list(members.records):
-            if name == host.name or host.name not in watchers(name, living, WATCHERS):
-                continue
+        for name in members.watched(host.name, now):
             if name in fresh:
                 self.read(host, name, "host GET")
             if members.records[name].state == GONE:

@@ -318,10 +318,17 @@ class Replication:
 
     def _check_not_ended(self, id: str) -> None:
         """Keep an id taken whose run has ended, also when nothing else is left of it. Raises `Elsewhere`."""
-        mark = self._done.get(id)
-        if mark is not None and mark.get("host") != self.host:
+        elsewhere = self.ended_elsewhere(id)
+        if elsewhere is not None:
             self._drop(id, with_salvage=True)
-            raise Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
+            raise elsewhere
+
+    def ended_elsewhere(self, id: str) -> Elsewhere | None:
+        """Return whose a run is that has ended on another host. Blocks; one GET."""
+        mark = self._done.get(id)
+        if mark is None or mark.get("host") == self.host:
+            return None
+        return Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
 
     def restore_boundary(self, id: str, path: Path, number: int, count: int) -> bool:
         """Restore a run as it stood at a place in its order of finishing, before any later transaction step; False when no TXID is of that place. Blocks.

@@ -497,6 +497,9 @@ class Engine(Fleet):
                     return found.status, None, found.error
                 if found.gone_at is not None:
                     raise Refused(id, f"the run ended {found.status}, and its file was deleted at {found.gone_at}")
+                if self._replication is not None and id in self._replication.inherited:  # perhaps another heir's
+                    assert self._remote is not None
+                    return await self._remote.ending(id)
                 if found.status in ENDED:
                     return await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             return await waiter

@@ -27,7 +27,7 @@ from workflow.context import flows
 from workflow.errors import NotOwner, WorkflowError
 from workflow.intake import Indexed, Request
 from workflow.membership import GONE, KEPT_TAKEOVERS, UP, HostRecord, Members, Part, Takeover
-from workflow.placement import Candidate, first, watchers
+from workflow.placement import Candidate, first
 from workflow.post import Post
 from workflow.state import ENDED
 from workflow.values import loads
@@ -41,7 +41,6 @@ __all__ = ["Fleet"]
 
 log = logging.getLogger(__name__)
 
-WATCHERS = 3
 RECORD_PART = 1 / 3
 SLEPT_PART = 0.5
 """A look that comes later than this part of the lease's time begins anew."""
@@ -73,6 +72,7 @@ class Fleet(Post):
         self._takeovers: collections.deque[Takeover] = collections.deque(maxlen=KEPT_TAKEOVERS)
         self._taken_over = 0
         self._tried: dict[str, float] = {}
+        self._doubted = ""
         self._looked_at: float | None = None
         self._written_at: float | None = None
         self._parting = asyncio.Event()
@@ -120,6 +120,7 @@ class Fleet(Post):
         heirs, free = await asyncio.to_thread(self._look_at_others, now)
         if self._host in heirs and not self._parting.is_set():
             await self._take_in_handed()
+        await self._doubt_one()
         for host in free:
             self._taking.add(host)
             self._help(self._take_over_host(host))
@@ -154,8 +155,7 @@ class Fleet(Post):
         for name in fresh - {name for name, record in self._members.records.items() if record.state == UP}:
             self._read_record(name)
         heirs = self._handed.heirs()
-        living = {record.host for record in self._members.living(now)} | {self._host}
-        mine = [name for name in self._members.records if self._host in watchers(name, living, WATCHERS)]
+        mine = self._members.watched(self._host, now)
         for name in mine:  # of the others only the versions are looked at
             if name in fresh or name not in self._watched:
                 self._read_record(name)
@@ -283,6 +283,20 @@ class Fleet(Post):
             if request.kind != "start":
                 await self._dispatch(request)
         self._fill()
+
+    async def _doubt_one(self) -> None:
+        """Of the inherited runs that were not claimed yet, ask of one whether another heir has finished it: one GET a look, as long as there are some."""
+        assert self._replication is not None
+        ids = sorted(self._replication.inherited)
+        if not ids:
+            return
+        id = self._doubted = next((id for id in ids if id > self._doubted), ids[0])
+        owner = await asyncio.to_thread(self._replication.ended_elsewhere, id)
+        if owner is not None and id not in self._active and id in self._parked:
+            parked = self._parked.pop(id)
+            if parked.timer is not None:
+                parked.timer.cancel()
+            await self._moved(id, owner)
 
     def _place(self, row: Indexed) -> None:
         if row.status == "running":

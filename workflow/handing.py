@@ -3,20 +3,23 @@
 Who holds the lease of the dead host does it, so that one host at a time does, and the dead one, should it only have slept, finds its lease lost:
 
 1. restore its intake, and claim it with the next file of its chain: a late write of the dead host collides;
-2. store for each heir what it gets, index rows and requests (`Part`);
-3. delete that from the intake, wait until the replica has this, and release the lease.
+2. write into it who gets what, so that whoever must do this again gives the same runs to the same heirs, and wait until the replica has this;
+3. store for each heir what it gets, index rows and requests (`Part`);
+4. delete that from the intake, wait until the replica has this, and release the lease.
 
-Killed in between, the next one does it again, perhaps with other heirs. Two heirs of one run are no harm: an heir claims a run only from the host that it was
+Killed in between, the next one does it again. Should an heir have died as well, a run may have two. That is no harm: an heir claims a run only from the host that it was
 inherited from (`wf_instance.owner`), with the next file of the run's chain, which one of them creates; the other forgets it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,24 +143,38 @@ class Inheritance:
         """How many runs are to be finished."""
         return sum(row.status not in ENDED for row in self.rows.values())
 
-    def divided(self, host: str, heirs: Sequence[Candidate]) -> tuple[list[tuple[str, Part]], set[str]]:
-        """Return (heir, what it gets), and the ids that no heir can run.
+    def divided(self, heirs: Sequence[Candidate], chosen: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+        """Return the heir of each id, and the ids that no heir can run.
 
-        What has ended, and requests for runs of other hosts, go to anybody; so do unfinished runs of a flow that nobody knows: nowhere.
+        What has ended, and requests for runs of other hosts, go to anybody.
+
+        Args:
+            chosen: heirs of an earlier try, which stay where they live.
         """
-        shares = divide([(id, row.flow) for id, row in self.rows.items() if row.status not in ENDED], heirs)
-        left = set(shares.pop(None, ()))
-        rest = [(id, ANY) for id, row in self.rows.items() if row.status in ENDED]
-        rest += [(id, ANY) for id in self.requests if id not in self.rows]
-        others = divide(rest, [replace(heir, load=0) for heir in heirs])
-        left |= set(others.pop(None, ()))  # there is no heir at all
-        found = []
-        for heir in heirs:
-            ids = [*shares.get(heir.name, ()), *others.get(heir.name, ())]
+        names = {heir.name for heir in heirs}
+        found = {id: heir for id, heir in chosen.items() if heir in names}
+        wanted = [(id, row.flow) for id, row in self.rows.items() if row.status not in ENDED and id not in found]
+        rest = [(id, ANY) for id, row in self.rows.items() if row.status in ENDED and id not in found]
+        rest += [(id, ANY) for id in self.requests if id not in self.rows and id not in found]
+        left: set[str] = set()
+        for some, among in ((wanted, heirs), (rest, [replace(heir, load=0) for heir in heirs])):
+            for name, ids in divide(some, among).items():
+                if name is None:
+                    left |= set(ids)
+                else:
+                    found |= dict.fromkeys(ids, name)
+        return found, left
+
+    def parts(self, host: str, heir_of: Mapping[str, str]) -> Iterator[tuple[str, Part]]:
+        """Yield (heir, what it gets)."""
+        shares: dict[str, list[str]] = {}
+        for id in sorted(heir_of):
+            shares.setdefault(heir_of[id], []).append(id)
+        for heir, ids in shares.items():
             rows = [self.rows[id] for id in ids if id in self.rows]
             requests = {id: self.requests[id] for id in ids if id in self.requests}
-            found += [(heir.name, part) for part in parts(host, rows, requests, self.owners)]
-        return found, left
+            for part in parts(host, rows, requests, self.owners):
+                yield heir, part
 
 
 def hand_over(replication: Replication, folder: Path, handed: Handed, heirs: Sequence[Candidate]) -> tuple[int, int]:
@@ -174,21 +191,20 @@ def hand_over(replication: Replication, folder: Path, handed: Handed, heirs: Seq
     numbers = itertools.count(1)
     prefix = f"{object_name(host)[:80]}.{replication.ownership.lease.generation}"
 
-    def give(leaves: Inheritance, owner: str) -> set[str]:
-        shares, left = leaves.divided(owner, heirs)
-        for heir, part in shares:
+    def give(leaves: Inheritance, owner: str, heir_of: Mapping[str, str]) -> None:
+        for heir, part in leaves.parts(owner, heir_of):
             handed.put(heir, f"{prefix}.{next(numbers)}", part)
-        return left
 
     count, left = 0, set[str]()
     if path.exists():
         with contextlib.closing(ik.connect(path)) as db:
             leaves = Inheritance(ik.indexed(db), ik.all_requests(db), ik.inherited(db))
-            left = give(leaves, host)
+            heir_of, left = leaves.divided(heirs, ik.shares(db))
+            _write(db, functools.partial(ik.set_shares, chosen=heir_of))
+            replication.wait_intake(WAIT_S)
+            give(leaves, host, heir_of)
             count = leaves.unfinished
-            db.execute("BEGIN IMMEDIATE")
-            ik.keep_only(db, left)
-            db.execute("COMMIT")
+            _write(db, functools.partial(ik.keep_only, ids=left))
             replication.wait_intake(WAIT_S)
     for name in handed.names(host):  # what it had been given itself, and not taken in
         part = handed.get(host, name)
@@ -196,9 +212,16 @@ def hand_over(replication: Replication, folder: Path, handed: Handed, heirs: Seq
             continue
         leaves = Inheritance(part.rows, part.requests, part.owners)
         count += leaves.unfinished
-        unplaced = give(leaves, part.host)
+        heir_of, unplaced = leaves.divided(heirs, {})
+        give(leaves, part.host, heir_of)
         if unplaced:
             left |= unplaced  # the rest of it is given again the next time, which is harmless
         else:
             handed.delete(host, [name])
     return count, len(left)
+
+
+def _write(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], None]) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    work(db)
+    db.execute("COMMIT")

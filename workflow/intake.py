@@ -14,7 +14,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -257,11 +257,22 @@ def all_requests(db: sqlite3.Connection) -> list[Request]:
     return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests ORDER BY id")]
 
 
+def shares(db: sqlite3.Connection) -> dict[str, str]:
+    """Return the heirs that were chosen for runs, and may have them already."""
+    return dict(db.execute("SELECT id, heir FROM wf_shares"))
+
+
+def set_shares(db: sqlite3.Connection, chosen: Mapping[str, str]) -> None:
+    """Note the heirs that are chosen for runs."""
+    db.executemany("INSERT OR REPLACE INTO wf_shares(id, heir) VALUES(?, ?)", chosen.items())
+
+
 def keep_only(db: sqlite3.Connection, ids: Collection[str]) -> None:
     """Forget all runs but some: others have them, and what waits for them."""
     db.execute("CREATE TEMP TABLE IF NOT EXISTS kept (id TEXT PRIMARY KEY)")
     db.execute("DELETE FROM temp.kept")
     db.executemany("INSERT INTO temp.kept VALUES(?)", [(id,) for id in ids])
+    db.execute("DELETE FROM wf_shares")
     for table, column in (("wf_index", "id"), ("wf_requests", "instance"), ("wf_inherited", "id")):
         db.execute(f"DELETE FROM {table} WHERE {column} NOT IN (SELECT id FROM temp.kept)")
 

@@ -16,16 +16,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from workflow.intake import Indexed, Request
-from workflow.placement import Candidate
+from workflow.placement import Candidate, watchers
 from workflow.state import check_id
 
-__all__ = ["GONE", "UP", "HostRecord", "Members", "Part", "Takeover", "parts"]
+__all__ = ["GONE", "KEPT_TAKEOVERS", "UP", "WATCHERS", "HostRecord", "Members", "Part", "Takeover", "parts"]
 
 UP, GONE = "up", "gone"
 LIVE_PART = 0.8
 """A host that has not rewritten its record for this part of its lease's time is given nothing."""
 PART_BYTES = 1 << 20
 KEPT_TAKEOVERS = 10
+WATCHERS = 3
+"""So many others watch each host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class Members:
 
     records: dict[str, HostRecord] = field(default_factory=dict)
     _seen: dict[str, tuple[object, float]] = field(default_factory=dict)
+    _watched: tuple[frozenset[str], frozenset[str], list[str]] = (frozenset(), frozenset(), [])
 
     def changed(self, listed: Mapping[str, object], now: float) -> list[str]:
         """Take note of a listing (the version of each record); returns which must be read again. Those that are not listed are forgotten."""
@@ -134,6 +137,13 @@ class Members:
             for name, record in sorted(self.records.items())
             if record.state == UP and self.age_s(name, now) < record.ttl_s * LIVE_PART
         ]
+
+    def watched(self, me: str, now: float) -> list[str]:
+        """Return the hosts that `me` is to watch; the same as before while the same hosts live."""
+        names, living = frozenset(self.records), frozenset(record.host for record in self.living(now)) | {me}
+        if self._watched[:2] != (names, living):
+            self._watched = names, living, [name for name in sorted(names) if me in watchers(name, living, WATCHERS)]
+        return self._watched[2]
 
 
 @dataclass(frozen=True, slots=True)

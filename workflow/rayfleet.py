@@ -41,6 +41,8 @@ T = TypeVar("T")
 NAMESPACE = "pyrepl-workflow"
 LOOK_S = 2.0
 ANSWER_S = 10.0
+A_LITTLE = 0.01
+"""CPUs that a host asks of Ray: for actors that ask for none it takes no notice of a node that is only preferred."""
 GIB = 1 << 30
 
 
@@ -159,7 +161,7 @@ class Scheduler:
             self._actors[host] = (
                 ray.remote(HostActor)
                 .options(
-                    name=f"{_name(self._url)}-{host}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
+                    name=f"{_name(self._url)}-{host}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=A_LITTLE,
                     max_restarts=-1, max_task_retries=0, scheduling_strategy=place,
                 )
                 .remote(self._url, host, self._modules, self._settings)

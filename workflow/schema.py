@@ -139,6 +139,9 @@ CREATE TABLE IF NOT EXISTS wf_inherited (       -- runs of hosts that are gone, 
   id TEXT NOT NULL, host TEXT NOT NULL,         -- whose the run's file may say that it is
   PRIMARY KEY (id, host)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS wf_shares (          -- while this host's runs are divided, because it is gone: which heir gets which
+  id TEXT PRIMARY KEY, heir TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS wf_runs AS
   SELECT id, flow, status, wake_at, created_at, finished_at, error FROM wf_index ORDER BY created_at;
 PRAGMA user_version = {VERSION};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,8 +16,12 @@ from typing import Any
 
 import pytest
 
+from replicator.errors import StorageUnavailable
 from workflow import Client, Engine, flow, receive, sleep, step
 from workflow.bucket import shard_of
+from workflow.handing import Handed
+from workflow.intake import indexed, sql_read
+from workflow.membership import Part
 from workflow.report import HostLook, look
 
 TTL_S = 1.0
@@ -261,3 +266,78 @@ def test_the_command_shows_hosts_as_a_table_and_as_json(tmp_path: Path) -> None:
 @flow
 async def nap() -> None:
     await sleep(timedelta(days=1))
+
+
+def test_of_two_heirs_of_one_run_one_goes_on_with_it(tmp_path: Path) -> None:
+    """What happens when who takes over is killed in the middle, and the next one divides otherwise."""
+
+    async def run() -> None:
+        url = f"file://{tmp_path}/root"
+        a = await host(tmp_path, "a", lease_ttl_s=600.0).__aenter__()  # nobody takes it over by itself
+        await a.start(asks, "it", id="it")
+
+        async def waits() -> bool:
+            return a.parked == 1
+
+        await until(waits)
+        await a.crash()
+        rows = tuple(sql_read(tmp_path / "a" / ".host" / "intake.db", indexed))
+        with contextlib.closing(Handed(url)) as handed:
+            for heir in "bc":
+                handed.put(heir, "a.2.1", Part("a", rows, ()))
+        async with host(tmp_path, "b") as b, host(tmp_path, "c") as c:
+
+            async def both_have_it() -> bool:
+                return bool(await b.runs()) and bool(await c.runs())
+
+            await until(both_have_it)
+            await asyncio.gather(b.run("it").send("answer", "yes"), c.run("it").send("answer", "yes"))
+            assert await asyncio.gather(b.run("it").result(), c.run("it").result()) == [[1, "yes", 2]] * 2
+
+            async def one_has_it() -> bool:
+                return len(await b.runs()) + len(await c.runs()) == 1
+
+            await until(one_has_it)
+
+    _ran.clear()
+    asyncio.run(run())
+    assert _ran == [("it", 1), ("it", 2)]
+
+
+def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    puts = []
+    real = Handed.put
+
+    def put(self: Handed, heir: str, name: str, part: Part) -> None:
+        puts.append(heir)
+        if len(puts) == 2:
+            raise StorageUnavailable("the store is away")
+        real(self, heir, name, part)
+
+    monkeypatch.setattr(Handed, "put", put)
+    ids = [f"it-{number}" for number in range(6)]
+
+    async def run() -> None:
+        a = await host(tmp_path, "a").__aenter__()
+        async with host(tmp_path, "b") as b, host(tmp_path, "c") as c:
+            for id in ids:
+                await a.start(asks, id, id=id)
+
+            async def all_wait() -> bool:
+                return a.parked == len(ids)
+
+            await until(all_wait)
+            await a.crash()
+
+            async def all_moved() -> bool:
+                return {run.id for engine in (b, c) for run in await engine.runs()} == set(ids)
+
+            await until(all_moved)
+            for id in ids:
+                await Client(f"file://{tmp_path}/root").run(id).send("answer", "yes")
+            assert await asyncio.gather(*(b.run(id).result() for id in ids)) == [[1, "yes", 2]] * len(ids)
+
+    _ran.clear()
+    asyncio.run(run())
+    assert len(puts) > 2
+    assert sorted(_ran) == sorted((id, number) for id in ids for number in (1, 2))

@@ -167,7 +167,12 @@ def test_what_a_host_leaves_is_given_whole_and_once() -> None:
         request("s", "queued", "start", '{"flow": "one", "chosen": false}'), request("e", "run"), request("out", "elsewhere"), request("u", "unknown"),
     ]  # fmt: skip
     leaves = Inheritance(rows, requests, {"run": {"z"}})
-    shares, left = leaves.divided("dead", equal("a", "b"))
+    heir_of, left = leaves.divided(equal("a", "b"), {})
+    shares = list(leaves.parts("dead", heir_of))
+    again, _ = leaves.divided(equal("c", "a", "b"), heir_of)
+    assert again == heir_of  # who has something already keeps it
+    moved, _ = leaves.divided(equal("b"), heir_of)
+    assert moved == dict.fromkeys(heir_of, "b")  # but who is gone
     assert left == {"unknown"}
     assert sorted(found.id for _, part in shares for found in part.rows) == ["done", "queued", "run"]
     given_requests = {item.id: item for _, part in shares for item in part.requests}
@@ -180,7 +185,7 @@ def test_what_a_host_leaves_is_given_whole_and_once() -> None:
             assert {item.id for item in part.requests if item.instance == found.id} == {
                 item.id for item in requests if item.instance == found.id
             }
-    assert leaves.divided("dead", []) == ([], {"run", "done", "queued", "unknown", "elsewhere"})
+    assert leaves.divided([], {}) == ({}, {"run", "done", "queued", "unknown", "elsewhere"})
     assert leaves.unfinished == 3
 
 
@@ -203,3 +208,18 @@ def test_parts_are_about_a_mebibyte_and_hold_everything_once(sizes: list[int]) -
 def test_what_is_no_part_is_refused(data: bytes) -> None:
     with pytest.raises((ValueError, BadId)):
         Part.decode(data)
+
+
+def test_each_host_is_watched_by_three_as_each_of_them_sees_it_and_by_others_when_those_are_gone() -> None:
+    names = [f"host-{number}" for number in range(8)]
+
+    def seen_by(me: str, gone: set[str]) -> list[str]:
+        members = Members()
+        for now in (0.0, 5.0):
+            members.changed({name: now if name not in gone else 0.0 for name in names}, now)
+        members.records |= {name: replace(RECORD, host=name, ttl_s=6.0) for name in names}
+        return members.watched(me, 5.0)
+
+    for gone in (set[str](), {"host-0"}, {"host-0", "host-1", "host-2", "host-3"}):
+        counts = {name: [me for me in names if me not in gone and name in seen_by(me, gone)] for name in names}
+        assert all(len(found) == 3 and name not in found for name, found in counts.items())
