@@ -1,7 +1,7 @@
 """`pyrepl wf`: look at the runs of a folder, or of a bucket, and ask their engine for something.
 
 Looking opens files for reading, from a bucket copies in a temporary folder, and needs no engine; asking writes a request that the engine takes up, now or when it
-comes back. `gc` and `run` are engines themselves, and need the folder, or the host in the bucket, to be free. The command line belongs to `pyrepl`, which finds
+comes back. `gc`, `run` and `host` are engines themselves, and need the folder, or the host in the bucket, to be free. The command line belongs to `pyrepl`, which finds
 this module by name.
 """
 
@@ -11,14 +11,19 @@ import asyncio
 import contextlib
 import importlib
 import json
+import logging
+import signal
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from replicator.durations import parse_duration
 from workflow import journal
 from workflow.client import Client, FolderDesk
 from workflow.engine import Engine
@@ -216,6 +221,80 @@ def _run(place: Place, flags: dict[str, str], given: list[str]) -> int:
     return int(status not in ("done", "waiting", "paused"))
 
 
+def _seconds(flags: dict[str, str], name: str, default: float) -> float:
+    try:
+        return parse_duration(flags[name]) if name in flags else default
+    except ValueError as error:
+        raise Usage(f"invalid value for -{name}: {error}") from None
+
+
+def _url(place: Place) -> str:
+    if place.url is None:
+        raise Usage("hosts share a bucket: give the URL of the replica")
+    return place.url
+
+
+def _fleet(place: Place, flags: dict[str, str], _: list[str]) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from workflow.report import look, table
+
+    url = _url(place)
+    if flags.get("json") == "true":
+        print(json.dumps(look(url).facts(), indent=2, ensure_ascii=False))
+        return 0
+    if flags.get("live") != "true":
+        Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table(look(url)))
+        return 0
+    with contextlib.suppress(KeyboardInterrupt), Live(table(look(url)), screen=sys.stdout.isatty(), auto_refresh=False) as live:
+        while True:
+            time.sleep(_seconds(flags, "poll", 2.0))
+            live.update(table(look(url)), refresh=True)
+    return 0
+
+
+def _host(place: Place, flags: dict[str, str], _: list[str]) -> int:
+    """A process that does nothing but run flows: ends with 0 after SIGTERM, and with an error when the host is another engine's."""
+    url = _url(place)
+    if "flows" not in flags:
+        raise Usage("say where the code is: -flows MODULE")
+    sys.path.insert(0, str(Path.cwd()))
+    importlib.import_module(flags["flows"])
+    logging.basicConfig(level="INFO", stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s msg=%(message)s")
+    try:
+        resources = {
+            name: float(value) for name, _, value in (item.partition("=") for item in flags.get("resources", "").split(",") if item)
+        }
+        concurrency = int(flags.get("concurrency", "100"))
+    except ValueError:
+        raise Usage("-resources wants numbers, as in gpu=1,memory_gib=16; -concurrency a whole one") from None
+    name = flags.get("host") or socket.gethostname()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        with contextlib.ExitStack() as stack:
+            folder = flags.get("folder") or stack.enter_context(tempfile.TemporaryDirectory(prefix="pyrepl-wf-host-"))
+            engine = Engine(
+                folder, replica=url, host=name, fleet=True, resources=resources, concurrency=concurrency,
+                lease_ttl_s=_seconds(flags, "lease-ttl", 30.0), fleet_poll_s=_seconds(flags, "poll", 5.0),
+                inbox_poll_s=_seconds(flags, "inbox-poll", 5.0), stop_timeout_s=_seconds(flags, "stop-timeout", 10.0),
+            )  # fmt: skip
+            async with engine:
+                print(f"host {name} is up", flush=True)
+                waits = [asyncio.create_task(stop.wait()), asyncio.create_task(engine.until_lost())]
+                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for task in waits:
+                    task.cancel()
+                for task in done:
+                    task.result()
+
+    asyncio.run(run())
+    return 0
+
+
 SUBCOMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Place, dict[str, str], list[str]], int]]] = {
     "list": ((), _list),
     "show": (("ID",), _show),
@@ -230,4 +309,6 @@ SUBCOMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Place, dict[str, str], l
     "verify": (("[ID]",), _verify),
     "gc": ((), _gc),
     "run": (("ID",), _run),
+    "fleet": ((), _fleet),
+    "host": ((), _host),
 }

@@ -13,7 +13,7 @@ import functools
 import inspect
 import sqlite3
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
@@ -321,10 +321,12 @@ class Flow(Generic[P, R]):
         priority: int,
         durability: Durability,
         grace: float,
+        needs: Mapping[str, float],
     ) -> None:
         self.function = function
         self.name = check_name(name or function.__name__)
         self.is_async = inspect.iscoroutinefunction(function)
+        self.needs = dict(needs)
         self.concurrency = concurrency
         self.rate = Rate(*rate) if rate else None
         self.priority = priority
@@ -360,6 +362,7 @@ def flow(
     priority: int = 0,
     durability: Durability = "local",
     grace: float = 30.0,
+    needs: Mapping[str, float] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
@@ -373,6 +376,7 @@ def flow(
     priority: int = 0,
     durability: Durability = "local",
     grace: float = 30.0,
+    needs: Mapping[str, float] | None = None,
 ) -> Any:
     """Make a function a flow. What it does between steps must depend on its arguments and on results of steps alone.
 
@@ -383,11 +387,19 @@ def flow(
         priority: higher ones of this flow are taken from the queue first; `Engine.start` can say otherwise.
         durability: that of all its steps.
         grace: after a cancellation, seconds for the steps in `finally`.
+        needs: what a host of a fleet must have to be given it, as in {"gpu": 1, "memory_gib": 16}; see `Engine(resources=)`.
     """
 
     def make(function: Callable[..., Any]) -> Flow[..., Any]:
         made: Flow[..., Any] = Flow(
-            function, name=name, concurrency=concurrency, rate=rate, priority=priority, durability=durability, grace=grace
+            function,
+            name=name,
+            concurrency=concurrency,
+            rate=rate,
+            priority=priority,
+            durability=durability,
+            grace=grace,
+            needs=needs or {},
         )
         flows[made.name] = made
         return made

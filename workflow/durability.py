@@ -47,7 +47,14 @@ class Replication:
     """A folder's replica. Blocking work is done in threads of its own."""
 
     def __init__(
-        self, folder: Path, url: str, *, host: str = "main", sync_interval_s: float | None = None, lease_ttl_s: float = 30.0
+        self,
+        folder: Path,
+        url: str,
+        *,
+        host: str = "main",
+        sync_interval_s: float | None = None,
+        lease_ttl_s: float = 30.0,
+        ownership: Ownership | None = None,
     ) -> None:
         """Nothing is contacted yet.
 
@@ -56,6 +63,7 @@ class Replication:
             host: the name under which the intake is stored; another machine takes over by using the same.
             sync_interval_s: as in `Replicator`: least time between uploads that nobody waits for.
             lease_ttl_s: after so long without a sign of life another engine may take over.
+            ownership: one that is there already; closed with this.
 
         Raises:
             ConfigError: a malformed URL, or time.
@@ -68,10 +76,15 @@ class Replication:
         self._intake: Replicator | None = None
         self._is_all_stored = True
         self._behind: dict[str, ReplicatorError] = {}
+        self._new: set[str] = set()
         self.host = host
         self.objects = ReplicaObjects(url)
         self._done = Marks(url, "_done")
-        self.ownership = Ownership(folder, url, host, ttl_s=lease_ttl_s)
+        self.ownership = ownership or Ownership(folder, url, host, ttl_s=lease_ttl_s)
+        self.inherited: dict[str, set[str]] = {}
+        """Runs that this host was given, and the hosts from which it may claim them; see `handing.py`."""
+        self.on_claimed: Callable[[str], None] = lambda _id: None
+        """Called, by any thread, when one of them was."""
         self.on_lost: Callable[[str, ReplicatorError], None] = lambda _id, _error: None
         """Called, by any thread, when somebody else owns a run; with an empty id when it is the whole host."""
 
@@ -84,9 +97,10 @@ class Replication:
             HostInUse: an engine elsewhere is, and lives.
             ReplicatorError: the replica cannot be reached or read.
         """
-        await self._run(self._take_over)
+        await self._run(self.take_over_now)
 
-    def _take_over(self) -> None:
+    def take_over_now(self) -> None:
+        """Do what `take_over` does; blocks."""
         self.ownership.take()
         with contextlib.closing(Marks(self._url, "_hosts", shard="all")) as hosts:
             hosts.put(self.host, {"host": self.host})
@@ -115,8 +129,12 @@ class Replication:
 
     async def intake_barrier(self) -> None:
         """Return when the replica has the intake as it is now."""
-        assert self._intake is not None
-        await self._run(self._intake.wait, None)
+        await self._run(self.wait_intake)
+
+    def wait_intake(self, timeout_s: float | None = None) -> None:
+        """Do what `intake_barrier` does; blocks. Raises `ReplicatorError`, also when it takes longer."""
+        if self._intake is not None:
+            self._intake.wait(timeout_s=timeout_s)
 
     def check_owner(self) -> None:
         """Return if bodies may run now; no request. Raises `NotOwner`."""
@@ -173,7 +191,14 @@ class Replication:
                 replicator.start()
                 if not is_new or is_contested:
                     replicator.wait(timeout_s=WAIT_S)  # a start alone waits in the background for a store that is away
+                if id in self.inherited:
+                    jr.set_owner(path, self.host)
+                    replicator.wait(timeout_s=WAIT_S)
+                    del self.inherited[id]
+                    self.on_claimed(id)
                 self._replicators[id] = replicator
+                if is_new:
+                    self._new.add(id)
                 return
             except LineageMismatch as mismatch:
                 if not is_new:
@@ -196,7 +221,7 @@ class Replication:
     def _check_owner_of(self, id: str, path: Path) -> None:
         """Let a restored file be this host's, or leave it to its owner. Raises `Elsewhere`."""
         instance = jr.read(path).instance
-        if instance.owner is not None and instance.owner != self.host:
+        if instance.owner is not None and instance.owner != self.host and instance.owner not in self.inherited.get(id, ()):
             self._drop(id, with_salvage=False)
             raise Elsewhere(id, instance.owner, (instance.flow, instance.input_sha256))
 
@@ -267,10 +292,14 @@ class Replication:
         """Return when the replica has all that a run has committed; waiters share one upload. Raises `ReplicatorError`."""
         replicator = self._replicators[id]
         await self._run(lambda: replicator.wait(timeout_s=WAIT_S))
+        if id in self._new:  # without the index nobody would find the run when this machine is lost
+            await self.intake_barrier()
+            self._new.discard(id)
 
     async def detach(self, id: str) -> None:
         """Store the rest and stop. What cannot be stored in time stays on this machine, and is stored at the next start."""
         replicator = self._replicators.pop(id, None)
+        self._new.discard(id)
         if replicator is None:
             return
         try:
@@ -289,10 +318,17 @@ class Replication:
 
     def _check_not_ended(self, id: str) -> None:
         """Keep an id taken whose run has ended, also when nothing else is left of it. Raises `Elsewhere`."""
-        mark = self._done.get(id)
-        if mark is not None and mark.get("host") != self.host:
+        elsewhere = self.ended_elsewhere(id)
+        if elsewhere is not None:
             self._drop(id, with_salvage=True)
-            raise Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
+            raise elsewhere
+
+    def ended_elsewhere(self, id: str) -> Elsewhere | None:
+        """Return whose a run is that has ended on another host. Blocks; one GET."""
+        mark = self._done.get(id)
+        if mark is None or mark.get("host") == self.host:
+            return None
+        return Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
 
     def restore_boundary(self, id: str, path: Path, number: int, count: int) -> bool:
         """Restore a run as it stood at a place in its order of finishing, before any later transaction step; False when no TXID is of that place. Blocks.
@@ -332,13 +368,17 @@ class Replication:
         Args:
             release: False as a killed process would: nothing is released.
         """
+        await self._run(functools.partial(self.close_now, release=release))
+
+    def close_now(self, *, release: bool = True) -> None:
+        """Do what `close` does; blocks."""
         if self._intake is not None:
             try:
-                await self._run(self._intake.close)
+                self._intake.close()
             except ReplicatorError as error:
                 self._is_all_stored = False
                 log.warning("the intake is not all replicated error=%r", str(error))
-        await self._run(lambda: self.ownership.close(release=release and self._is_all_stored and not self._behind))
+        self.ownership.close(release=release and self._is_all_stored and not self._behind)
         self._threads.shutdown(wait=False)
         self.objects.close()
         self._done.close()

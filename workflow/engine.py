@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,10 +33,11 @@ from workflow.errors import (
     NotOwner,
     Refused,
 )
+from workflow.fleet import Fleet
 from workflow.intake import Indexed, Intake, Request
 from workflow.lanes import Lanes
 from workflow.objects import LocalObjects, Objects, Reader
-from workflow.post import Post, Postman
+from workflow.post import Postman
 from workflow.recording import Services
 from workflow.state import ENDED, MAX_RESUMES, Durability, Record, check_id, ulid
 from workflow.tracing import tracing_of
@@ -57,7 +58,7 @@ LANES = 8
 SWEEP_S = 3600.0
 
 
-class Engine(Post):
+class Engine(Fleet):
     """Run the flows of a folder: each run in a file of its own, all that were interrupted resumed. An async context manager.
 
     async with Engine("agents/") as engine:
@@ -78,6 +79,9 @@ class Engine(Post):
         park_after_s: float = 0.5,
         poll_s: float = 0.1,
         inbox_poll_s: float = 5.0,
+        fleet: bool = False,
+        fleet_poll_s: float = 5.0,
+        resources: Mapping[str, float] | None = None,
         stop_timeout_s: float = 10.0,
         keep: timedelta | None = timedelta(days=30),
         only: str | None = None,
@@ -102,6 +106,9 @@ class Engine(Post):
             poll_s: how often to look for requests of other processes.
             inbox_poll_s: how often to look for requests of other machines in the replica: one LIST, and less often (30 s) while nothing comes;
                 0 for never, see `look_into_inbox`.
+            fleet: with a replica: be one of several hosts, which take over from each other; see docs/fleets-of-hosts.md.
+            fleet_poll_s: how often to look at the others: two LISTs, and a GET for each of some three hosts.
+            resources: what this host has, for flows that need it (`@flow(needs=)`).
             stop_timeout_s: when leaving the context, how long bodies may take to end before they are cut short.
             keep: files and objects of runs that ended are deleted after this time, their ids stay taken; None keeps them for ever.
             only: take up this run alone, and its children; all others are left as they are.
@@ -134,6 +141,11 @@ class Engine(Post):
         self._objects: Objects = LocalObjects(self.folder / ".objects")
         self._replica, self._host, self._interval_s = replica, check_id(host), sync_interval_s
         self._lease_ttl_s = lease_ttl_s
+        self._is_member, self._fleet_poll_s, self._resources = fleet, fleet_poll_s, dict(resources or {})
+        if fleet and (replica is None or only is not None):
+            raise ValueError("a host of a fleet needs replica=, and all of its runs")
+        self._stopped = asyncio.Event()
+        self._fleet_task: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------------------------------------
 
@@ -164,6 +176,8 @@ class Engine(Post):
                 self._remote = BucketDesk(self._replica, self.sender)
                 self._post = Postman(Inbox(self._replica), Marks(self._replica, "_refused"), Marks(self._replica, "_hosts", shard="all"))
                 self._replication.on_lost = self._on_lost
+                if self._is_member:
+                    self._join()
                 await self._replication.take_over()
             self._intake = await Intake.open(host / "intake.db", synchronous=self._synchronous, faults=self._faults)
             if self._replication is not None:
@@ -196,6 +210,8 @@ class Engine(Post):
             if self._remote is not None and self._post is not None:
                 self._remote.close()
                 self._post.close()
+            if self._is_member:
+                self._part_from_fleet()
             os.close(self._lock)
             raise
         self._is_open = True
@@ -203,10 +219,14 @@ class Engine(Post):
         if self._post is not None and self._inbox_poll_s:
             self._pollers.add(self._loop.create_task(self._poll_inbox()))
         try:
+            if self._replication is not None:
+                await self._recover_inherited(self._replication)
             await self._recover()
         except BaseException:
             await self.crash()
             raise
+        if self._is_member:
+            self._fleet_task = self._loop.create_task(self._poll_fleet())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -231,6 +251,9 @@ class Engine(Post):
         for poller in self._pollers:
             poller.cancel()
         await asyncio.wait(self._pollers)
+        if self._fleet_task is not None:
+            self._parting.set()
+            await asyncio.wait({self._fleet_task})
 
     async def _close(self, *, release: bool = True) -> None:
         while self._helpers:
@@ -243,6 +266,8 @@ class Engine(Post):
         if self._remote is not None and self._post is not None:
             await asyncio.to_thread(self._remote.close)
             await asyncio.to_thread(self._post.close)
+        if self._is_member:
+            await asyncio.to_thread(self._part_from_fleet)
         await self._lanes.close()
         self._bodies.shutdown(wait=False)
         self._flow_threads.shutdown(wait=False)
@@ -286,6 +311,7 @@ class Engine(Post):
             return
         self._lost = NotOwner(f"host {self._host}", str(error))
         log.error("this engine has stopped host=%s folder=%s reason=%r", self._host, self.folder, str(error))
+        self._stopped.set()
         for active in self._active.values():
             if active.execution is not None:
                 active.execution.lose(self._lost)
@@ -293,6 +319,28 @@ class Engine(Post):
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_exception(self._lost)
+
+    async def until_lost(self) -> None:
+        """Wait until this host is another engine's, and raise that; else for ever. For processes that do nothing but run flows.
+
+        Raises:
+            NotOwner: somebody has taken this host over.
+        """
+        await self._stopped.wait()
+        assert self._lost is not None
+        raise self._lost
+
+    async def advance(self, id: str) -> bool:
+        """Look now for what waits for a run, rather than when the next look is due; returns whether it is this host's. Again is harmless.
+
+        Raises:
+            ReplicatorError: the replica cannot be read.
+        """
+        self._check_open()
+        if await self._known(check_id(id, longest=200)) is None:
+            return False
+        await self.look_into_inbox()
+        return True
 
     async def take(self, id: str) -> Run:
         """Go on here with a run of another host of the same replica, which is gone: that host's writes to it are refused from now on.
@@ -457,6 +505,9 @@ class Engine(Post):
                     return found.status, None, found.error
                 if found.gone_at is not None:
                     raise Refused(id, f"the run ended {found.status}, and its file was deleted at {found.gone_at}")
+                if self._replication is not None and id in self._replication.inherited:  # perhaps another heir's
+                    assert self._remote is not None
+                    return await self._remote.ending(id)
                 if found.status in ENDED:
                     return await asyncio.to_thread(ending_of, await self._local(id), self._objects)
             return await waiter

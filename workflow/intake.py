@@ -14,7 +14,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -171,6 +171,7 @@ def done(db: sqlite3.Connection, request: str) -> None:
 def drop(db: sqlite3.Connection, id: str) -> None:
     """Forget a run that is another host's, with its start; what else waits for it stays."""
     db.execute("DELETE FROM wf_index WHERE id = ?", (id,))
+    db.execute("DELETE FROM wf_inherited WHERE id = ?", (id,))
     db.execute("DELETE FROM wf_requests WHERE instance = ? AND kind = 'start'", (id,))
 
 
@@ -222,6 +223,72 @@ def flows_queued(db: sqlite3.Connection) -> list[str]:
         if row is None:
             return found
         found.append(row[0])
+
+
+def inherit(
+    db: sqlite3.Connection, rows: Sequence[Indexed], requests: Sequence[Request], owners: Callable[[str], Collection[str]]
+) -> tuple[list[Indexed], list[Request]]:
+    """Take in what a dead host has left, and return what was new. Again changes nothing.
+
+    Args:
+        owners: whose a run's file may say that it is.
+    """
+    new = [row for row in rows if one(db, row.id) is None]
+    for row in new:
+        add_run(db, row)
+        db.executemany("INSERT OR IGNORE INTO wf_inherited(id, host) VALUES(?, ?)", [(row.id, host) for host in owners(row.id)])
+    ids = {row.id for row in new}
+    wanted = [request for request in requests if request.kind != "start" or request.instance in ids]
+    for request in wanted:
+        add_request(db, request)
+    return new, wanted
+
+
+def inherited(db: sqlite3.Connection) -> dict[str, set[str]]:
+    """Return the hosts from which inherited runs may be claimed, by run."""
+    found: dict[str, set[str]] = {}
+    for id, host in db.execute("SELECT id, host FROM wf_inherited"):
+        found.setdefault(id, set()).add(host)
+    return found
+
+
+def claimed(db: sqlite3.Connection, id: str) -> None:
+    """An inherited run is this host's: its file says so, on the replica."""
+    db.execute("DELETE FROM wf_inherited WHERE id = ?", (id,))
+
+
+def all_requests(db: sqlite3.Connection) -> list[Request]:
+    """Return everything that was accepted and is not where it belongs."""
+    return [Request(*row) for row in db.execute(f"SELECT {_REQUEST} FROM wf_requests ORDER BY id")]
+
+
+def shares(db: sqlite3.Connection) -> dict[str, str]:
+    """Return the heirs that were chosen for runs, and may have them already."""
+    return dict(db.execute("SELECT id, heir FROM wf_shares"))
+
+
+def set_shares(db: sqlite3.Connection, chosen: Mapping[str, str]) -> None:
+    """Note the heirs that are chosen for runs."""
+    db.executemany("INSERT OR REPLACE INTO wf_shares(id, heir) VALUES(?, ?)", chosen.items())
+
+
+def keep_only(db: sqlite3.Connection, ids: Collection[str]) -> None:
+    """Forget all runs but some: others have them, and what waits for them."""
+    db.execute("CREATE TEMP TABLE IF NOT EXISTS kept (id TEXT PRIMARY KEY)")
+    db.execute("DELETE FROM temp.kept")
+    db.executemany("INSERT INTO temp.kept VALUES(?)", [(id,) for id in ids])
+    db.execute("DELETE FROM wf_shares")
+    for table, column in (("wf_index", "id"), ("wf_requests", "instance"), ("wf_inherited", "id")):
+        db.execute(f"DELETE FROM {table} WHERE {column} NOT IN (SELECT id FROM temp.kept)")
+
+
+def counts(db: sqlite3.Connection) -> tuple[dict[str, int], list[tuple[str, str | None]]]:
+    """Return how many unfinished runs there are of each status, and (id, wake time) of those that wait."""
+    found = dict(
+        db.execute("SELECT status, count(*) FROM wf_index WHERE status IN ('running', 'waiting', 'paused') GROUP BY status").fetchall()
+    )
+    queued = db.execute("SELECT count(*) FROM wf_index WHERE status = 'queued'").fetchone()[0]
+    return found | {"queued": queued}, db.execute("SELECT id, wake_at FROM wf_index WHERE status = 'waiting'").fetchall()
 
 
 def ended_before(db: sqlite3.Connection, at: str, limit: int) -> list[str]:

@@ -121,11 +121,15 @@ class Post(Requests):
         if request.kind == "start":
             if is_alone:
                 return True
-            first = max(post.host_names, key=lambda host: sha256(f"{host}/{request.instance}".encode()).digest())
+            first = self._first_of(post.host_names, request)
             return str(loads(request.body).get("flow")) in flows and (first == self._host or age_s > self._lease_ttl_s)
         if is_alone:
             return True
         return age_s > ORPHANED_S and self._remote is not None and await self._remote.indexed(request.instance) is None
+
+    def _first_of(self, host_names: list[str], request: Request) -> str:
+        """Return the host that should begin a run at once."""
+        return max(host_names, key=lambda host: sha256(f"{host}/{request.instance}".encode()).digest())
 
     async def _leave_inbox(self, post: Postman) -> bool:
         """Delete the objects of requests that the intake has no more."""

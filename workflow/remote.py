@@ -22,6 +22,7 @@ from workflow import intake as ik
 from workflow import journal
 from workflow.bucket import Marks, ReplicaObjects
 from workflow.errors import Refused, Unreadable
+from workflow.handing import Handed
 from workflow.inbox import Inbox
 from workflow.intake import Indexed, Request
 from workflow.objects import Reader
@@ -105,6 +106,7 @@ class BucketDesk:
         self._objects = ReplicaObjects(url)
         self._inbox = Inbox(url)
         self._done, self._refused, self._hosts = Marks(url, "_done"), Marks(url, "_refused"), Marks(url, "_hosts", shard="all")
+        self._handed = Handed(url)
         self._reader = _CopyReader(self.copies, self._objects)
 
     @property
@@ -151,7 +153,7 @@ class BucketDesk:
             found = ik.sql_read(path, functools.partial(ik.one, id=id)) if path is not None else None
             if found is not None:
                 return found
-        return None
+        return self._handed.look(id)
 
     def hosts(self) -> list[str]:
         """Return the names of the hosts that have runs here. One request."""
@@ -222,5 +224,5 @@ class BucketDesk:
 
     def close(self) -> None:
         """Release connections, and delete the copies."""
-        for part in (self._inbox, self._done, self._refused, self._hosts, self._objects, self.copies):
+        for part in (self._inbox, self._done, self._refused, self._hosts, self._handed, self._objects, self.copies):
             part.close()

@@ -141,6 +141,13 @@ CREATE INDEX IF NOT EXISTS wf_requests_of ON wf_requests (instance, id);
 CREATE TABLE IF NOT EXISTS wf_refused (         -- requests that could not be carried out, and why
   id TEXT PRIMARY KEY, instance TEXT NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, sender TEXT, reason TEXT NOT NULL, at TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS wf_inherited (       -- runs of hosts that are gone, which were given to this one and are not claimed yet
+  id TEXT NOT NULL, host TEXT NOT NULL,         -- whose the run's file may say that it is
+  PRIMARY KEY (id, host)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS wf_shares (          -- while this host's runs are divided, because it is gone: which heir gets which
+  id TEXT PRIMARY KEY, heir TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS wf_runs AS
   SELECT id, flow, status, wake_at, created_at, finished_at, error FROM wf_index ORDER BY created_at;
 PRAGMA user_version = {VERSION};

@@ -23,12 +23,28 @@ def run(flags: dict[str, str], arguments: list[str]) -> int:
 
 
 COMMAND = Command(
-    "pyrepl wf list|show|timeline|calls|decisions|send|cancel|pause|resume|fork|verify|gc|run FOLDER|URL [ID ...] [-json]",
+    "pyrepl wf list|show|timeline|calls|decisions|send|cancel|pause|resume|fork|verify|gc|run|fleet|host FOLDER|URL [ID ...] [-json]",
     "Look at durable workflows in a folder, or straight in a bucket, and ask their engine for something.\n\n"
     "  list [-status S]; show, timeline, calls, decisions ID; send [-id I] [-sender S] ID TYPE [JSON]; cancel, pause, resume ID;\n"
     "  fork ID STEP [NEW-ID]; verify [ID]; gc [-keep-days N]; run -flows MODULE ID: run one to its next wait or its end.\n"
-    "  -host H: the host of a bucket for gc and run, which must be free; main, or the run's own, when not given.",
-    ("json",),
-    ("status", "id", "sender", "keep-days", "flows", "host"),
+    "  -host H: the host of a bucket for gc and run, which must be free; main, or the run's own, when not given.\n"
+    "  fleet [-live [-poll D]]: the hosts of a bucket, their runs, leases and takeovers.\n"
+    "  host -flows MODULE [-host H] [-folder F] [-resources gpu=1,...] [-concurrency N] [-lease-ttl D] [-poll D] [-inbox-poll D] [-stop-timeout D]: be one.",
+    ("json", "live"),
+    (
+        "status",
+        "id",
+        "sender",
+        "keep-days",
+        "flows",
+        "host",
+        "folder",
+        "resources",
+        "concurrency",
+        "lease-ttl",
+        "poll",
+        "inbox-poll",
+        "stop-timeout",
+    ),
     run,
 )
