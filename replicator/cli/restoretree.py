@@ -90,6 +90,7 @@ def _from_url(argument: str) -> DirectorySettings:
     """Return a URL, or the folder of a replica, in the form of a directory that is replicated there."""
     from replicator.directories import DirectorySettings
     from replicator.settings import DatabaseSettings, ReplicaSettings
+    from replicator.storage.locations import SCHEMES, parse_store_url
     from replicator.storage.url import file_path, is_url, parse_s3_url, scheme
 
     kind = scheme(argument) if is_url(argument) else "file"
@@ -99,8 +100,13 @@ def _from_url(argument: str) -> DirectorySettings:
     elif kind == "file":
         directory = Path(file_path(argument)) if is_url(argument) else Path(os.path.abspath(argument))
         replica = ReplicaSettings(kind="file", url=f"file://{directory}", directory=directory)
+    elif kind in SCHEMES and kind != "nats":
+        store = parse_store_url(argument, environ=os.environ)
+        replica = ReplicaSettings(kind=store.kind, url=store.url, store=store)
     else:
-        raise ConfigError(f"-recursive does not support {kind} URLs", hint="file, s3, or the folder of a replica")
+        raise ConfigError(
+            f"-recursive does not support {kind} URLs", hint="give the URL of a store that holds several replicas, or a folder"
+        )
     template = DatabaseSettings(path=Path("/"), replicas=(replica,))
     return DirectorySettings(
         path=Path("/"), pattern="*", recursive=True, watch=False, meta_dir=None, template=template, by_url=(is_url(argument),)

@@ -65,7 +65,7 @@ class ABSObjects:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def entries(self, folder: str) -> Iterable[Entry]:
-        prefix = f"{self._prefix}{folder}/"
+        prefix = self._below(folder)
         for item in self._walk(folder):
             name = str(item.name)[len(prefix) :]
             if not isinstance(item, BlobPrefix) and name and "/" not in name and str(item.name).startswith(prefix):
@@ -73,7 +73,7 @@ class ABSObjects:
                 yield Entry(name, int(item.size or 0), stored_time(item.creation_time or item.last_modified), when)
 
     def folders(self, folder: str) -> Iterable[str]:
-        prefix = f"{self._prefix}{folder}/"
+        prefix = self._below(folder)
         return [str(item.name)[len(prefix) :].rstrip("/") for item in self._walk(folder) if isinstance(item, BlobPrefix)]
 
     def open(self, name: str, offset: int, size: int | None) -> ReadStream:
@@ -125,7 +125,7 @@ class ABSObjects:
 
     def delete_folder(self, folder: str) -> None:
         with self._translated(folder):
-            names = [str(item) for item in self._container.list_blob_names(name_starts_with=f"{self._prefix}{folder}/")]
+            names = [str(item) for item in self._container.list_blob_names(name_starts_with=self._below(folder))]
         self.delete([name[len(self._prefix) :] for name in names])
 
     def close(self) -> None:
@@ -169,9 +169,12 @@ class ABSObjects:
     def _named(self, name: str) -> str:
         return f"abs://{self.settings.bucket}/{self._prefix}{name}"
 
+    def _below(self, folder: str) -> str:
+        return f"{self._prefix}{folder}/" if folder else self._prefix
+
     def _walk(self, folder: str) -> Iterator[Any]:
         with self._translated(folder):
-            yield from self._container.walk_blobs(name_starts_with=f"{self._prefix}{folder}/", include=["metadata"], delimiter="/")
+            yield from self._container.walk_blobs(name_starts_with=self._below(folder), include=["metadata"], delimiter="/")
 
     def _open(self, name: str, offset: int, size: int | None) -> tuple[ReadStream, str]:
         try:

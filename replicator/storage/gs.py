@@ -72,7 +72,7 @@ class GSObjects:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def entries(self, folder: str) -> Iterable[Entry]:
-        prefix = f"{self._prefix}{folder}/"
+        prefix = self._below(folder)
         for blob in self._listed(folder, delimiter="/"):
             name = str(blob.name)[len(prefix) :]
             if name and "/" not in name and str(blob.name).startswith(prefix):
@@ -80,7 +80,7 @@ class GSObjects:
                 yield Entry(name, int(blob.size or 0), stored_time(blob.time_created), when)
 
     def folders(self, folder: str) -> Iterable[str]:
-        prefix = f"{self._prefix}{folder}/"
+        prefix = self._below(folder)
         with self._translated(folder, of_bucket=True):
             listing = self._bucket.list_blobs(prefix=prefix, delimiter="/", fields=_FIELDS, timeout=_TIMEOUT_S, retry=self._retry)
             for _ in listing:
@@ -142,7 +142,7 @@ class GSObjects:
             self._bucket.blob(self._prefix + name).delete(if_generation_match=_generation(etag), timeout=_TIMEOUT_S, retry=None)
 
     def delete_folder(self, folder: str) -> None:
-        prefix = f"{self._prefix}{folder}/"
+        prefix = self._below(folder)
         self.delete([str(blob.name)[len(self._prefix) :] for blob in self._listed(folder) if str(blob.name).startswith(prefix)])
 
     def close(self) -> None:
@@ -165,6 +165,9 @@ class GSObjects:
     def _named(self, name: str) -> str:
         return f"gs://{self.settings.bucket}/{self._prefix}{name}"
 
+    def _below(self, folder: str) -> str:
+        return f"{self._prefix}{folder}/" if folder else self._prefix
+
     def _found(self, name: str) -> Any:
         """Return an object with its size, generation and metadata."""
         blob = self._bucket.blob(self._prefix + name)
@@ -174,9 +177,7 @@ class GSObjects:
 
     def _listed(self, folder: str, **more: str) -> Iterator[Any]:
         with self._translated(folder, of_bucket=True):
-            yield from self._bucket.list_blobs(
-                prefix=f"{self._prefix}{folder}/", fields=_FIELDS, timeout=_TIMEOUT_S, retry=self._retry, **more
-            )
+            yield from self._bucket.list_blobs(prefix=self._below(folder), fields=_FIELDS, timeout=_TIMEOUT_S, retry=self._retry, **more)
 
     def _pieces(self, name: str, blob: Any, offset: int, length: int) -> Iterator[bytes]:
         end = offset + length

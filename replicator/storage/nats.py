@@ -95,14 +95,14 @@ class NATSObjects:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def entries(self, folder: str) -> Iterable[Entry]:
-        prefix = f"{folder}/"
+        prefix = f"{folder}/" if folder else ""
         for found in self._listed():
             name = found.name.removeprefix(prefix)
             if found.name.startswith(prefix) and name and "/" not in name:
                 yield Entry(name, found.size, stored_time(found.stored), parse_time(found.headers.get(_TIMESTAMP)))
 
     def folders(self, folder: str) -> Iterable[str]:
-        prefix = f"{folder}/"
+        prefix = f"{folder}/" if folder else ""
         below = [found.name[len(prefix) :] for found in self._listed() if found.name.startswith(prefix)]
         return {name.partition("/")[0] for name in below if "/" in name}
 

@@ -77,7 +77,7 @@ class OSSObjects:
     # -- reading -----------------------------------------------------------------------------------------------------------------
 
     def entries(self, folder: str) -> Iterable[Entry]:
-        prefix = f"{self._key(folder)}/"
+        prefix = self._below(folder)
         for page in self._pages(folder, delimiter="/"):
             for item in page.contents or ():
                 name = str(item.key)[len(prefix) :]
@@ -85,7 +85,7 @@ class OSSObjects:
                     yield Entry(name, int(item.size or 0), stored_time(item.last_modified))
 
     def folders(self, folder: str) -> Iterable[str]:
-        prefix = f"{self._key(folder)}/"
+        prefix = self._below(folder)
         return [
             str(item.prefix)[len(prefix) :].rstrip("/")
             for page in self._pages(folder, delimiter="/")
@@ -177,6 +177,9 @@ class OSSObjects:
             return f"{path}/{name}"
         return f"/{name}" if re.match(r"(age/)?[0-9a-f]{4}(/|$)", name) else name
 
+    def _below(self, folder: str) -> str:
+        return f"{self._key(folder)}/" if folder else f"{self.settings.path}/".lstrip("/")
+
     def _named(self, name: str) -> str:
         return f"oss://{self.settings.bucket}/{self._key(name).lstrip('/')}"
 
@@ -187,7 +190,7 @@ class OSSObjects:
         token, seen = None, set()
         while True:
             request = oss.ListObjectsV2Request(
-                bucket=self.settings.bucket, prefix=f"{self._key(folder)}/", continuation_token=token, encoding_type="url", **more
+                bucket=self.settings.bucket, prefix=self._below(folder), continuation_token=token, encoding_type="url", **more
             )
             with self._translated(folder):
                 page = self._oss.list_objects_v2(request)

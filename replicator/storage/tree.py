@@ -99,10 +99,10 @@ class Objects(Protocol):
         """Where this is, without a secret."""
 
     def entries(self, folder: str) -> Iterable[Entry]:
-        """Yield the objects in a folder, not those in its folders, in any order. A missing folder is empty."""
+        """Yield the objects in a folder, not those in its folders, in any order. A missing folder is empty; "" is the replica's path."""
 
     def folders(self, folder: str) -> Iterable[str]:
-        """Yield the names of the folders in a folder."""
+        """Yield the names of the folders in a folder, likewise."""
 
     def open(self, name: str, offset: int, size: int | None) -> ReadStream:
         """Open a range; one past the end is cut. Raises `ObjectNotFound` now."""

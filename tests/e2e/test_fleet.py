@@ -345,8 +345,8 @@ def test_a_directory_is_restored_as_it_was_replicated(fleet: Fleet, tmp_path: Pa
     assert {item["db_path"] for item in json.loads(rows.stdout)} == {f"/srv/x/{name}" for name in names}
 
 
-@pytest.mark.parametrize("url", ["seaweed"], indirect=True)
-def test_a_directory_is_restored_from_s3(fleet: Fleet, tmp_path: Path, url: str) -> None:
+@pytest.mark.parametrize("url", ["seaweed", "moto", "sftp"], indirect=True)
+def test_a_directory_is_restored_from_a_store(fleet: Fleet, tmp_path: Path, url: str) -> None:
     names = ["a.db", "sub/b.db", "we ird%20.db"]
     fleet.create(*names)
     config = fleet.configure()

@@ -21,7 +21,8 @@ from replicator.format.ltx import TXID, FileInfo
 from replicator.storage import open_store
 from replicator.storage.abs import ABSObjects
 from replicator.storage.background import Background
-from replicator.storage.base import ReplicaClient
+from replicator.storage.base import AGE, LITESTREAM, Layout, ReplicaClient
+from replicator.storage.below import replicas_below
 from replicator.storage.gs import GSObjects
 from replicator.storage.locations import (
     ABSSettings,
@@ -35,7 +36,7 @@ from replicator.storage.locations import (
 from replicator.storage.nats import NATSObjects
 from replicator.storage.oss import OSSObjects
 from replicator.storage.sftp import SFTPObjects
-from replicator.storage.tree import TreeClient, Write, temporary_name
+from replicator.storage.tree import Entry, TreeClient, Write, temporary_name
 from replicator.storage.webdav import WebDAVObjects
 from tests.otherservers import OTHER_STORES, PASSWORD, USER, Place, SSHServer, create_bucket, fresh_path, nats_server
 from tests.servers import free_port
@@ -765,3 +766,56 @@ def test_damaged_pieces_in_nats_are_found(other_store: Callable[[str], Place]) -
         asyncio.run(damage())
         with pytest.raises(StorageError, match="digest does not match"):
             read(client, info)
+
+
+# -- replicas below a place ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [name for name in OTHER_STORES if not name.startswith("nats")], indirect=True)
+def test_the_replicas_of_a_directory_are_found(place: Place) -> None:
+    """Databases at `a.db` and `0001/b.db`, whose folder looks like a level of OSS; one encrypted, one of 0.3; and what is none."""
+    base = fresh_path()
+    with contextlib.ExitStack() as stack:
+
+        def at(path: str, layout: Layout = LITESTREAM) -> TreeClient:
+            client = open_store(place.settings(f"{base}/{path}".rstrip("/")), layout=layout)
+            stack.callback(client.close)
+            return client
+
+        clients = [at(path) for path in ("a.db", "0001/b.db", "old.db", "none")]
+        for client in (*clients[:2], at("secret.db", layout=AGE)):
+            put(client, 1, b"x")
+        clients[2].put_object("generations/0123456789abcdef/snapshots/00000000.snapshot.lz4", b"x")
+        clients[3].put_control("pyrepl/lineage.json", b"{}")
+        assert replicas_below(at("")) == ["0001/b.db", "a.db", "old.db", "secret.db"]
+        assert replicas_below(clients[0]) == [""]
+        assert replicas_below(at("nothing/here")) == []
+
+
+class Folders(TreeClient):
+    """A store whose folders are named as it is told."""
+
+    def __init__(self, names: Callable[[str], list[str]]) -> None:
+        self.objects = self  # type: ignore[assignment]
+        self._names = names
+        self.asked = 0
+
+    @property
+    def url(self) -> str:
+        return "webdav://hostile"
+
+    def folders(self, folder: str) -> list[str]:
+        self.asked += 1
+        return self._names(folder)
+
+    def entries(self, folder: str) -> list[Entry]:
+        return [Entry("0000000000000001-0000000000000001.ltx", 1, 0)] if folder.endswith("ltx/0") else []
+
+
+def test_folders_that_lead_elsewhere_or_in_a_circle_are_not_entered(caplog: pytest.LogCaptureFixture) -> None:
+    levels = {"": ["..", ".", "", "a/../../b", "x\0y", "good"], "good": ["ltx"], "good/ltx": ["0"]}
+    assert replicas_below(Folders(lambda folder: levels.get(folder, []))) == ["good"]
+    assert "count=5" in caplog.text
+    circle = Folders(lambda folder: ["in"])
+    assert replicas_below(circle) == []
+    assert circle.asked <= 100
