@@ -6,12 +6,14 @@ Ten trivial async steps for each workflow, at `synchronous=FULL`. Cases:
 
     serial     one workflow after another
     fifty      50 at once
+    steps      CPU of one step more: a thousand of them in one run, async and plain ones, against as many bare commits in one file
     recover    100 that were interrupted in the middle, until all are finished; imports included
     parked     memory of a parked run
     intake     durable starts with 16 callers
     queued     a queue of 2,000,000, and the time until the first of them runs      (`queued=N` for another number)
     asleep     50,000 parked runs, and a restart with them                          (`asleep=N`)
-    replica    workflows/s and requests with replica= on a directory
+    replica    workflows/s and LTX files with replica= on a directory, 20 at once
+    seaweed    workflows/s and requests with replica= on SeaweedFS, 20 at once
 
 DBOS takes part where `import dbos` works (`pip install dbos==3.4.0`). The *floor* is a file for each workflow with 12 commits and nothing else.
 """
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,17 @@ def flows() -> Any:
             value = await trivial(value)
         return value
 
+    @step
+    def plain(value: int) -> int:
+        return value + 1
+
+    @flow
+    async def thousand(count: int, is_plain: bool) -> int:
+        value = 0
+        for _ in range(count):
+            value = await plain(value) if is_plain else await trivial(value)
+        return value
+
     gate = asyncio.Event()
 
     @step
@@ -84,13 +98,13 @@ def flows() -> Any:
     async def waits() -> None:
         await receive("never")
 
-    return ten, half, waits, arrived
+    return ten, half, waits, arrived, thousand
 
 
 async def ours(folder: Path, case: str, count: int) -> None:
     from workflow import Engine
 
-    ten, half, waits, arrived = flows()
+    ten, half, waits, arrived, thousand = flows()
     match case:
         case "serial" | "fifty" | "replica":
             replica = f"file://{folder}/root" if case == "replica" else None
@@ -110,6 +124,39 @@ async def ours(folder: Path, case: str, count: int) -> None:
             files = len([1 for _ in (folder / "root").rglob("*.ltx")]) / (count + 1) if replica else 0
             more = {"ltx_files_per_workflow": files} if replica else {}
             emit(workflows_per_s=count / took, cpu_ms_per_step=used / count / STEPS * 1e3, **more)
+        case "steps":
+            async with Engine(folder / "runs") as engine:
+                figures = {}
+                for name, is_plain in (("async", False), ("plain", True)):
+                    await (await engine.start(thousand, 20, is_plain)).result()
+                    cpu = time.process_time()
+                    assert await (await engine.start(thousand, count, is_plain)).result() == count
+                    figures[f"cpu_ms_per_{name}_step"] = (time.process_time() - cpu) / count * 1e3
+                emit(**figures)
+        case "seaweed":
+            from bench.requests import Counting  # here, because memory and imports of the other cases count
+            from tests.servers import ACCESS, BUCKET, SECRET, serve
+
+            os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+            with serve("seaweed", folder) as server:
+                counting = Counting(server.endpoint)
+                url = f"s3://{BUCKET}/root?endpoint={counting.endpoint}&region=us-east-1&forcePathStyle=true"
+                async with Engine(folder / "runs", replica=url) as engine:
+                    await (await engine.start(ten, 0)).result()
+                    counting.counts = {"_hosts": Counter(), "_inbox": Counter(), "/root": Counter()}
+                    began = time.perf_counter()
+                    runs = [await engine.start(ten, 0) for _ in range(count)]
+                    for run in runs:
+                        assert await run.result() == STEPS
+                    took = time.perf_counter() - began
+                    while engine._active:
+                        await asyncio.sleep(0.01)
+                    own = counting.counts["/root"]
+                    emit(
+                        workflows_per_s=count / took,
+                        puts_per_workflow=own["PUT"] / count,
+                        lists_and_gets_per_workflow=(own["LIST"] + own["GET"]) / count,
+                    )
         case "interrupt":
             engine = await Engine(folder / "runs", concurrency=count).__aenter__()
             for number in range(count):
@@ -210,6 +257,24 @@ def floor(folder: Path, count: int) -> None:
     emit(workflows_per_s=count / took, cpu_ms_per_step=(time.process_time() - cpu) / count / STEPS * 1e3)
 
 
+def floor_steps(folder: Path, count: int) -> None:
+    from workflow import journal
+
+    (folder / "one.db").write_bytes(journal.template())
+    db = sqlite3.connect(folder / "one.db", isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    cpu = time.process_time()
+    for step in range(count):
+        db.execute(
+            "INSERT INTO wf_steps(key, name, kind, status, input_sha256, output, started_at) VALUES(?, 'trivial', 'step', 'done', '', ?, '')",
+            (f"trivial#{step}", str(step)),
+        )
+    figure = (time.process_time() - cpu) / count * 1e3
+    db.close()
+    emit(cpu_ms_per_async_step=figure, cpu_ms_per_plain_step=figure)
+
+
 def dbos(folder: Path, case: str, count: int) -> None:
     from dbos import DBOS, SetWorkflowID
 
@@ -280,14 +345,15 @@ def dbos(folder: Path, case: str, count: int) -> None:
 # -- in turn -----------------------------------------------------------------------------------------------------------------------
 
 COUNTS = {
-    "serial": 50, "fifty": 50, "recover": 100, "parked": 2000, "intake": 8000, "queued": 2_000_000, "asleep": 50_000, "replica": 20,
+    "serial": 50, "fifty": 50, "recover": 100, "parked": 2000, "intake": 8000, "queued": 2_000_000, "asleep": 50_000, "replica": 20, "seaweed": 20,
+    "steps": 1000,
 }  # fmt: skip
-RIVALS = {"serial": ("ours", "dbos", "floor"), "fifty": ("ours", "dbos"), "recover": ("ours", "dbos")}
+RIVALS = {"serial": ("ours", "dbos", "floor"), "fifty": ("ours", "dbos"), "recover": ("ours", "dbos"), "steps": ("ours", "floor")}
 
 
 def child(who: str, case: str, count: int, folder: Path) -> None:
     if who == "floor":
-        floor(folder, count)
+        (floor_steps if case == "steps" else floor)(folder, count)
     elif who == "dbos":
         dbos(folder, case, count)
     else:

@@ -47,7 +47,8 @@ ONLY_UNINTERRUPTED = {
     "group_fails": "several steps in each of several branches: recovery numbers them in another order, and stops with DBOSUnexpectedStepError, or not",
     "sleeps_in_parallel": "a timer and a step in each of several branches: recovery may give one branch's result to another",
 }
-"""Which ones DBOS 3.4 runs to the same result only while nothing kills it: its documentation asks for one step in each branch of a `gather`."""
+"""Which ones DBOS 3.4 runs to the same result only while nothing kills it: it numbers steps in the order in which they begin, which is the same
+again where each branch has one step."""
 
 SHORTER = 200_000.0
 _seen: Counter[str] = Counter()

@@ -362,7 +362,7 @@ class Calls(Recording):
         log.warning("late result discarded id=%s seq=%d attempt=%d error=%r", self.id, seq, attempt, error)
         if not self._unwinding and self._root is not None:
             text = f"{self._now()} {'returned' if error is None else f'raised {type(error).__name__}'}"
-            self._unwritten.append(jr.put_late(seq, attempt, text))
+            self._late.append(jr.put_late(seq, attempt, text))
 
     async def _in_transaction(
         self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any], started_at: str

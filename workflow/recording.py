@@ -173,6 +173,8 @@ class Recording:
         self._tasks: set[FlowTask] = set()
         self._helpers: set[asyncio.Task[None]] = set()
         self._unwritten: list[Write] = []
+        self._late: list[Write] = []
+        """Notes on attempts, whose rows may be in the same transaction: they come last."""
         self._committing = 0
         self._running = 0
         self._resumes = loaded.instance.resumes
@@ -333,8 +335,8 @@ class Recording:
 
     def _write(self, writes: Sequence[Write], then: Then) -> None:
         """Give a transaction to the lane; `then` is called when it is on the disk, or has failed, and the pump after it."""
-        all_writes = [*self._unwritten, *writes]
-        self._unwritten = []
+        all_writes = [*self._unwritten, *writes, *self._late]
+        self._unwritten, self._late = [], []
         self._committing += 1
         self._lane.give(partial(self._on_written, then), self._journal.commit, all_writes)
 

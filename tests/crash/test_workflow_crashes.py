@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.sampleflows import SCENARIOS, take_ran
-from workflow.testing import crash_everywhere, recorded, run_to_crash
+from tests.sampleflows import SCENARIOS, careful, take_ran
+from workflow import journal as jr
+from workflow.testing import crash_everywhere, recorded, run_to_crash, start
 
 
 def _some(count: int) -> list[int]:
@@ -36,6 +38,25 @@ def test_a_branch_that_a_recorded_failure_cancels_does_not_run_again(tmp_path: P
             assert not [key for key in take_ran() if "slow" in key]
             tried += 1
     assert tried >= 4
+
+
+def test_an_outcome_is_unknown_exactly_where_a_crash_left_an_intent_without_a_result(tmp_path: Path) -> None:
+    """A step with repeat=False at every commit: its body runs once or never again, and only what began and was not recorded is unknown."""
+    scenario, answers = start(careful), Counter[str]()
+    _, _, count = asyncio.run(run_to_crash(tmp_path / "whole", scenario, None, {}))
+    for at in range(1, count + 1):
+        place = tmp_path / f"at-{at}"
+        take_ran()
+        asyncio.run(run_to_crash(place, scenario, at, {}))
+        left = {record.key: record.status for path in place.glob("it.db") for record in jr.read(path).records}
+        _, answer, _ = asyncio.run(run_to_crash(place, scenario, None, {}))
+        assert answer == ("returned", "unknown" if left.get("at_most_once#1") == "started" else "once")
+        answers[answer[1]] += 1
+        assert sum("at_most_once" in key for key in take_ran()) <= 1
+        _, again, _ = asyncio.run(run_to_crash(place, scenario, None, {}))
+        assert again == answer
+    assert answers["unknown"] >= 1
+    assert answers["once"] >= 4
 
 
 def _many(count: int) -> list[int]:

@@ -72,6 +72,67 @@ def test_outside_a_run_steps_and_flows_are_plain_functions() -> None:
         sleep(1)
 
 
+_bodies: list[str] = []
+_second = threading.Event()
+
+
+def _lingers(patience_s: float) -> str:
+    """The first attempt ends after its time, or when the second one has begun."""
+    number = 1 + sum(text.startswith("begin") for text in _bodies)
+    _bodies.append(f"begin {number}")
+    if number == 1:
+        _second.wait(patience_s)
+    else:
+        _second.set()
+    _bodies.append(f"end {number}")
+    return f"attempt {number}"
+
+
+@step(timeout=0.02, retry=Retry(attempts=20, first=0))
+def keeps_its_place() -> str:
+    return _lingers(0.2)
+
+
+@step(timeout=0.02, retry=Retry(attempts=20, first=0), overlap=True)
+def gives_way() -> str:
+    return _lingers(10)
+
+
+@flow
+async def waits_for_its_thread() -> list[str]:
+    return [await keeps_its_place(), await sample.upper("a")]
+
+
+@flow
+async def overlaps() -> list[str]:
+    found = await gives_way()
+    while "end 1" not in _bodies:
+        await sample.slow(0.001)
+    return [found, await sample.upper("a")]
+
+
+@pytest.mark.parametrize("which", [waits_for_its_thread, overlaps], ids=["waits", "overlaps"])
+def test_a_plain_body_after_its_time_keeps_its_place_unless_it_may_overlap_and_what_it_returns_late_is_noted_alone(
+    which: Callable[..., Any], tmp_path: Path
+) -> None:
+    _bodies.clear()
+    _second.clear()
+
+    async def run() -> None:
+        async with virtual_engine(tmp_path) as engine:
+            found, _ = await (await engine.start(which, id="it")).result()
+            assert found.startswith("attempt ")
+            assert found != "attempt 1"
+
+    asyncio.run(run())
+    assert [text for text in _bodies if text[-1] == "1"] == ["begin 1", "end 1"]
+    assert (_bodies.index("begin 2") < _bodies.index("end 1")) is (which is overlaps)
+    columns, rows = jr.rows(tmp_path / "it.db", "wf_attempts")
+    (first,) = [dict(zip(columns, row, strict=True)) for row in rows if row[columns.index("attempt")] == 1]
+    assert first["outcome"] == "timeout"
+    assert first["late"].endswith(" returned")
+
+
 @flow
 async def sees_failure() -> list[str]:
     try:
