@@ -304,6 +304,7 @@ def test_of_two_heirs_of_one_run_one_goes_on_with_it(tmp_path: Path) -> None:
     assert _ran == [("it", 1), ("it", 2)]
 
 
+@pytest.mark.slow
 def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     puts = []
     real = Handed.put
