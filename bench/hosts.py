@@ -197,7 +197,7 @@ async def run(options: argparse.Namespace, folder: Path, url: str) -> int:
     chaos = Chaos(folder, url, options.ttl, options.poll)
     client, records, handed = Client(url), HostRecords(url), Handed(url)
     ids = [f"it-{number}" for number in range(options.instances)]
-    between_s = options.minutes * 60 / options.steps * 0.6
+    between_s = options.minutes * 60 / options.steps * 0.4
     try:
         for _ in range(options.hosts):
             chaos.start()
@@ -242,7 +242,7 @@ def _listed(client: Client, shard: int) -> list:  # type: ignore[type-arg]
 def report(options: argparse.Namespace, chaos: Chaos, lines: list[list[str]], done: int, wrong: list[str], took_s: float) -> None:
     """Print what was seen."""
     killed = [loss for loss in chaos.losses if loss.how == "killed"]
-    handed = [loss.handed_s for loss in chaos.losses if loss.handed_s is not None]
+    handed = [loss.handed_s for loss in killed if loss.handed_s is not None]
     again = resumed(killed, lines)
     begins = sum(line[2] == "begin" for line in lines)
     print(
@@ -251,6 +251,7 @@ def report(options: argparse.Namespace, chaos: Chaos, lines: list[list[str]], do
     print(
         f"{took_s:.0f} s; {done} ended; {len(killed)} kills, {len(chaos.losses) - len(killed)} pauses beyond the lease; hosts: {chaos.count}"
     )
+    print("kills:", ", ".join(f"{loss.host} {loss.handed_s:.1f}" if loss.handed_s is not None else f"{loss.host} never" for loss in killed))
     print(f"hosts that found their runs lost: {chaos.fenced}, of which {chaos.said_so} said so")
     print(f"bodies: {begins}, {begins - options.instances * options.steps} of them repeated after they were cut short")
     for name, values in (("until the heirs had the runs", handed), ("until a body cut short began again", again)):

@@ -72,10 +72,11 @@ def requests_per_s(fleet: Fleet) -> dict[str, float]:
     """
     watched = min(WATCHERS, fleet.hosts - 1)
     wakes = fleet.instances * fleet.rate
+    record_s = fleet.poll_s * math.ceil(fleet.ttl_s * RECORD_PART / fleet.poll_s)  # at the first look after a third of the TTL
     return {
-        "host PUT": fleet.hosts * 2 / (fleet.ttl_s * RENEW_PART),
+        "host PUT": fleet.hosts * (1 / (fleet.ttl_s * RENEW_PART) + 1 / record_s),
         "host LIST": fleet.hosts * (2 / fleet.poll_s + 1 / fleet.inbox_s),
-        "host GET": fleet.hosts * watched * (1 / fleet.poll_s + 1 / (fleet.ttl_s * RECORD_PART)),
+        "host GET": fleet.hosts * watched * (1 / fleet.poll_s + 1 / record_s),
         "step PUT": wakes * (1 + fleet.replicated),
         "step LIST": wakes,
     }

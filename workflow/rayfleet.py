@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import logging
+import secrets
 import tempfile
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
@@ -148,7 +149,7 @@ class Scheduler:
             self._place()
 
     def _place(self) -> None:
-        """Give each node that has no host one."""
+        """Give each node that has no host one, and find hosts that were started before this scheduler was."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -166,6 +167,12 @@ class Scheduler:
                 )
                 .remote(self._url, host, self._modules, self._settings)
             )  # fmt: skip
+        prefix = f"{_name(self._url)}-"
+        for item in ray.util.list_named_actors(all_namespaces=True):
+            host = item["name"].removeprefix(prefix)
+            if item["namespace"] == NAMESPACE and item["name"].startswith(prefix) and host not in self._actors:
+                with contextlib.suppress(ValueError):  # it has ended at this moment
+                    self._actors[host] = ray.get_actor(item["name"], namespace=NAMESPACE)
 
     async def _ask(self, host: str, method: str, *args: Any) -> Any:
         """Ask an actor; None when it does not answer, which says nothing about its runs."""
@@ -212,9 +219,9 @@ class Scheduler:
             await self._ask(host, "look")
         return host
 
-    async def send(self, id: str, type: str, payload: Any) -> str | None:
+    async def send(self, id: str, type: str, payload: Any, event: str) -> str | None:
         """Send an event, durably, and wake its run."""
-        await self._client.run(id).send(type, payload)
+        await self._client.run(id).send(type, payload, id=event)
         return await self.advance(id)
 
     async def drain(self, node: str) -> None:
@@ -267,6 +274,7 @@ class RayFleet:
             "get_if_exists": True,
             "num_cpus": 0,
             "max_restarts": -1,
+            "max_task_retries": -1,  # all that it is asked for may be done twice
         }
         self._scheduler = ray.remote(Scheduler).options(**options).remote(self._url, self._modules, self._settings)
         await self._scheduler.begin.remote()
@@ -289,7 +297,7 @@ class RayFleet:
 
     async def send(self, id: str, type: str, payload: Any = None) -> str | None:
         """Send an event to a run, and wake it."""
-        return _text(await self._scheduler.send.remote(id, type, payload))
+        return _text(await self._scheduler.send.remote(id, type, payload, secrets.token_hex(16)))
 
     async def drain(self, node: str) -> None:
         """Empty a node, by its id in Ray: before it is taken away."""

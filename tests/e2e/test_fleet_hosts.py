@@ -19,7 +19,7 @@ import pytest
 from replicator.errors import StorageUnavailable
 from workflow import Client, Engine, flow, receive, sleep, step
 from workflow.bucket import shard_of
-from workflow.handing import Handed
+from workflow.handing import Handed, HostRecords
 from workflow.intake import indexed, sql_read
 from workflow.membership import Part
 from workflow.report import HostLook, look
@@ -304,6 +304,7 @@ def test_of_two_heirs_of_one_run_one_goes_on_with_it(tmp_path: Path) -> None:
     assert _ran == [("it", 1), ("it", 2)]
 
 
+@pytest.mark.slow
 def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     puts = []
     real = Handed.put
@@ -341,3 +342,48 @@ def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: p
     asyncio.run(run())
     assert len(puts) > 2
     assert sorted(_ran) == sorted((id, number) for id in ids for number in (1, 2))
+
+
+@pytest.mark.slow
+def test_when_the_store_was_away_nobody_is_dead_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lease of the other host stood still as long as nobody could have renewed it; it is renewed a little after the first look that gets through."""
+
+    def is_away(*_: object) -> Any:
+        raise StorageUnavailable("the store is away")
+
+    async def run() -> None:
+        ttl_s = 2.0
+        async with host(tmp_path, "a", lease_ttl_s=ttl_s) as a, host(tmp_path, "b", lease_ttl_s=ttl_s) as b:
+
+            async def both_watch() -> bool:
+                return set(a._watched) == {"b"} and set(b._watched) == {"a"}
+
+            await until(both_watch)
+            assert a._replication is not None
+            lease = a._replication.ownership.lease
+            real = HostRecords.versions
+            monkeypatch.setattr(HostRecords, "versions", is_away)
+            monkeypatch.setattr(lease, "renew", is_away)
+            await asyncio.sleep(ttl_s + 0.3)  # b's own lease is renewed
+            monkeypatch.setattr(HostRecords, "versions", real)
+
+            async def b_watches() -> bool:
+                return set(b._watched) == {"a"}
+
+            await until(b_watches)
+            await asyncio.sleep(0.5)  # some looks of b, none of which may take the lease
+            monkeypatch.undo()
+
+            async def is_renewed() -> bool:
+                return lease.status().state == "held"
+
+            await until(is_renewed)
+            await asyncio.sleep(ttl_s)
+            assert lease.status().state == "held"
+            assert a._lost is None
+            assert await (await a.start(asks, "it", id="it")).status() in ("queued", "running", "waiting")
+
+    asyncio.run(run())
+    assert "host is gone" not in caplog.text

@@ -30,7 +30,8 @@ FLOWS = textwrap.dedent(
     @step(durability="replicated")
     async def beat(name: str, number: int) -> int:
         note("begin", name, number)
-        await asyncio.sleep(1.0)
+        while number == 2 and not os.path.exists(os.environ["BEATS"] + ".go"):
+            await asyncio.sleep(0.1)
         note("end", name, number)
         return number
 
@@ -92,13 +93,15 @@ def test_a_node_is_lost_with_a_hundred_runs_in_flight_and_another_is_drained(tmp
         ids = [f"it-{number}" for number in range(RUNS)]
         runs = [await client.start("beats", id=id, name=id, count=STEPS) for id in ids]
 
-        async def all_began() -> bool:
-            return len({line[3] for line in lines()}) == RUNS and len({line[1] for line in lines()}) == 3
+        async def all_are_in_flight() -> bool:
+            inside = {line[3]: line[1] for line in lines() if line[4] == "2"}
+            return len(inside) == RUNS and len(set(inside.values())) == 3
 
-        await until(all_began, 240)
+        await until(all_are_in_flight, 240)
         cluster.remove_node(nodes[0], allow_graceful=False)
         lost_at = time.time()
         before = lines()
+        (tmp_path / "beats.go").touch()
 
         async def has_moved() -> bool:
             return nodes[0].node_id not in (await fleet.where()).values() and len({row.id for row in await client.runs()}) >= RUNS
@@ -122,7 +125,7 @@ def test_a_node_is_lost_with_a_hundred_runs_in_flight_and_another_is_drained(tmp
             for at, pid, what, name, number in after
             if what == "begin" and float(at) > lost_at and cut_short.get((name, number), pid) != pid
         ]
-        assert times, "no body was cut short"
+        assert len(times) > RUNS / 6
         print(
             f"\ncut short by the loss of a node: {len(times)} bodies; again after p50 {statistics.median(times):.1f} s, max {max(times):.1f} s"
         )

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflow.errors import BadId
@@ -36,6 +36,7 @@ def equal(*names: str) -> list[Candidate]:
     return [Candidate(name, 10, 0, frozenset(FLOWS)) for name in names]
 
 
+@settings(max_examples=30)
 @given(runs=RUNS, candidates=hosts())
 def test_each_run_is_given_to_one_host_that_can_run_it_or_to_none_if_there_is_none(
     runs: list[tuple[str, str]], candidates: list[Candidate]
@@ -50,6 +51,7 @@ def test_each_run_is_given_to_one_host_that_can_run_it_or_to_none_if_there_is_no
             assert (by_name[name] in able) if name is not None else not able
 
 
+@settings(max_examples=30)
 @given(runs=RUNS, candidates=hosts(), seed=st.randoms())
 def test_the_order_in_which_things_are_known_changes_nothing(runs: list[tuple[str, str]], candidates: list[Candidate], seed) -> None:  # type: ignore[no-untyped-def]
     before = divide(runs, candidates)
@@ -58,6 +60,7 @@ def test_the_order_in_which_things_are_known_changes_nothing(runs: list[tuple[st
     assert {name: sorted(ids) for name, ids in divide(runs, candidates).items()} == {name: sorted(ids) for name, ids in before.items()}
 
 
+@settings(max_examples=30)
 @given(count=st.integers(0, 2000), candidates=hosts())
 def test_all_are_filled_to_one_level(count: int, candidates: list[Candidate]) -> None:
     room = rooms(count, candidates)
@@ -189,6 +192,7 @@ def test_what_a_host_leaves_is_given_whole_and_once() -> None:
     assert leaves.unfinished == 3
 
 
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 300_000), max_size=30))
 def test_parts_are_about_a_mebibyte_and_hold_everything_once(sizes: list[int]) -> None:
     rows = [row(f"it-{number}") for number in range(len(sizes))]
