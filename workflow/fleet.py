@@ -45,6 +45,7 @@ RECORD_PART = 1 / 3
 SLEPT_PART = 0.5
 """A look that comes later than this part of the lease's time begins anew."""
 LEFT_RETRY_S = 60.0
+PATIENCE = 10
 GONE_KEPT_S = 86400.0
 
 
@@ -316,6 +317,11 @@ class Fleet(Post):
         replication.inherited = await self._intake.do(ik.inherited)
 
     # -- new runs ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _others_after_s(self) -> float:
+        """Longer than in no fleet, where nobody knows whether the first one lives: it may be busy, and has taken the start in."""
+        return self._lease_ttl_s * (PATIENCE if self._is_member else 1)
 
     def _first_of(self, host_names: list[str], request: Request) -> str:
         """Of the hosts that live and have the code, that with the highest score begins a run."""

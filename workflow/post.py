@@ -122,10 +122,15 @@ class Post(Requests):
             if is_alone:
                 return True
             first = self._first_of(post.host_names, request)
-            return str(loads(request.body).get("flow")) in flows and (first == self._host or age_s > self._lease_ttl_s)
+            return str(loads(request.body).get("flow")) in flows and (first == self._host or age_s > self._others_after_s)
         if is_alone:
             return True
         return age_s > ORPHANED_S and self._remote is not None and await self._remote.indexed(request.instance) is None
+
+    @property
+    def _others_after_s(self) -> float:
+        """After how long a start that is still in the inbox is everybody's."""
+        return self._lease_ttl_s
 
     def _first_of(self, host_names: list[str], request: Request) -> str:
         """Return the host that should begin a run at once."""

@@ -254,11 +254,17 @@ def test_the_command_shows_hosts_as_a_table_and_as_json(tmp_path: Path) -> None:
             assert found["resources"] == {"gpu": 2}
             assert found["shards"][shard_of("x")] == [1, None]
             assert found["shards"][shard_of("y")] == [1, found["next_wake"]]
-            assert (await asyncio.to_thread(subprocess.check_output, command, text=True)).splitlines()[-1].split()[:3] == [
-                "a",
-                "up",
-                "held",
-            ]
+            shown = await asyncio.to_thread(subprocess.check_output, command, text=True)
+            assert shown.splitlines()[-1].split()[:3] == ["a", "up", "held"]
+            with subprocess.Popen([*command, "-live", "-poll", "50ms"], text=True, stdout=subprocess.PIPE) as live:
+                assert live.stdout is not None
+                await a.start(nap, id="z")
+                cells: list[str] = []
+                async with asyncio.timeout(20):
+                    while cells[:1] != ["a"] or "3" not in cells[6:9]:  # so many wait
+                        cells = (await asyncio.to_thread(live.stdout.readline)).split()
+                live.send_signal(signal.SIGINT)
+                assert await asyncio.to_thread(live.wait, 20) == 0
 
     asyncio.run(run())
 
