@@ -244,13 +244,20 @@ def _fleet(place: Place, flags: dict[str, str], _: list[str]) -> int:
     if flags.get("json") == "true":
         print(json.dumps(look(url).facts(), indent=2, ensure_ascii=False))
         return 0
+    console = Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False)
     if flags.get("live") != "true":
-        Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table(look(url)))
+        console.print(table(look(url)))
         return 0
-    with contextlib.suppress(KeyboardInterrupt), Live(table(look(url)), screen=sys.stdout.isatty(), auto_refresh=False) as live:
-        while True:
-            time.sleep(_seconds(flags, "poll", 2.0))
-            live.update(table(look(url)), refresh=True)
+    poll_s = max(0.05, _seconds(flags, "poll", 2.0))
+    with contextlib.suppress(KeyboardInterrupt):
+        if not console.is_terminal:  # where nothing can be drawn over
+            while True:
+                console.print(table(look(url)))
+                time.sleep(poll_s)
+        with Live(table(look(url)), console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(poll_s)
+                live.update(table(look(url)), refresh=True)
     return 0
 
 
