@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,3 +394,28 @@ def test_when_the_store_was_away_nobody_is_dead_for_it(
 
     asyncio.run(run())
     assert "host is gone" not in caplog.text
+
+
+def test_a_run_of_which_a_step_was_acknowledged_is_found_although_its_start_was_only_local(tmp_path: Path) -> None:
+    """The index of the host is uploaded once an hour here, unless somebody waits for it. What counts is the bucket as it is when the flow has gone on."""
+
+    async def run() -> None:
+        a = await host(tmp_path, "a", sync_interval_s=3600.0).__aenter__()
+        it = await a.start(asks, "it", id="it")
+        async with asyncio.timeout(20):
+            while [record.status for record in await it.steps()] != ["done", "waiting"]:  # the flow has gone on
+                await asyncio.sleep(0.02)
+        shutil.copytree(tmp_path / "root", tmp_path / "then" / "root")
+        await a.crash()
+        async with host(tmp_path / "then", "b") as b:
+
+            async def has_it() -> bool:
+                return [run.id for run in await b.runs()] == ["it"]
+
+            await until(has_it)
+            await b.run("it").send("answer", "yes")
+            assert await b.run("it").result() == [1, "yes", 2]
+
+    _ran.clear()
+    asyncio.run(run())
+    assert _ran == [("it", 1), ("it", 2)]
