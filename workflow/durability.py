@@ -194,7 +194,7 @@ class Replication:
                 if id in self.inherited:
                     jr.set_owner(path, self.host)
                     replicator.wait(timeout_s=WAIT_S)
-                    del self.inherited[id]
+                    self.inherited.pop(id, None)
                     self.on_claimed(id)
                 self._replicators[id] = replicator
                 if is_new:
@@ -328,7 +328,7 @@ class Replication:
         mark = self._done.get(id)
         if mark is None or mark.get("host") == self.host:
             return None
-        return Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))))
+        return Elsewhere(id, str(mark.get("host")), (str(mark.get("flow")), str(mark.get("input_sha256"))), is_over=True)
 
     def restore_boundary(self, id: str, path: Path, number: int, count: int) -> bool:
         """Restore a run as it stood at a place in its order of finishing, before any later transaction step; False when no TXID is of that place. Blocks.

@@ -185,14 +185,14 @@ class NotOwner(WorkflowError):
 
 
 class Elsewhere(NotOwner):
-    """A run belongs to another host, which created or claimed it first. `winner`: flow and input digest of that run."""
+    """A run belongs to another host, which created or claimed it first. `winner`: flow and input digest of that run; `is_over`: it has ended there."""
 
-    def __init__(self, id: str, owner: str, winner: tuple[str, str]) -> None:
-        self.id, self.owner, self.winner = id, owner, winner
+    def __init__(self, id: str, owner: str, winner: tuple[str, str], is_over: bool = False) -> None:
+        self.id, self.owner, self.winner, self.is_over = id, owner, winner, is_over
         super().__init__(f"run {id}", f"host {owner} is")
 
-    def __reduce__(self) -> tuple[type[Elsewhere], tuple[str, str, tuple[str, str]]]:
-        return Elsewhere, (self.id, self.owner, self.winner)
+    def __reduce__(self) -> tuple[type[Elsewhere], tuple[str, str, tuple[str, str], bool]]:
+        return Elsewhere, (self.id, self.owner, self.winner, self.is_over)
 
 
 class NeedsReplica(WorkflowError):

@@ -29,7 +29,6 @@ from workflow.intake import Indexed, Request
 from workflow.membership import GONE, KEPT_TAKEOVERS, UP, HostRecord, Members, Part, Takeover
 from workflow.placement import Candidate, first
 from workflow.post import Post
-from workflow.state import ENDED
 from workflow.values import loads
 
 if TYPE_CHECKING:
@@ -273,9 +272,7 @@ class Fleet(Post):
         assert self._replication is not None
         take = functools.partial(ik.inherit, rows=part.rows, requests=part.requests, owners=part.owners_of)
         rows, requests = await self._intake.do(take)
-        for row in rows:
-            if row.status not in ENDED:
-                self._replication.inherited[row.id] = set(part.owners_of(row.id))
+        self._replication.inherited |= await self._intake.do(ik.inherited)
         log.info("runs inherited host=%s from=%s runs=%d requests=%d", self._host, part.host, len(rows), len(requests))
         await self._replication.intake_barrier()
         for row in rows:

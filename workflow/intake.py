@@ -168,11 +168,14 @@ def done(db: sqlite3.Connection, request: str) -> None:
     db.execute("DELETE FROM wf_requests WHERE id = ?", (request,))
 
 
-def drop(db: sqlite3.Connection, id: str) -> None:
-    """Forget a run that is another host's, with its start; what else waits for it stays."""
+def drop(db: sqlite3.Connection, id: str, owner: str) -> bool:
+    """Forget a run that is another host's, with its start; what else waits for it stays. False when it was inherited from that host meanwhile, and may be claimed."""
+    if db.execute("SELECT 1 FROM wf_inherited WHERE id = ? AND host = ?", (id, owner)).fetchone() is not None:
+        return False
     db.execute("DELETE FROM wf_index WHERE id = ?", (id,))
     db.execute("DELETE FROM wf_inherited WHERE id = ?", (id,))
     db.execute("DELETE FROM wf_requests WHERE instance = ? AND kind = 'start'", (id,))
+    return True
 
 
 def waiting(db: sqlite3.Connection, requests: Collection[str]) -> tuple[set[str], dict[str, str]]:
@@ -228,15 +231,21 @@ def flows_queued(db: sqlite3.Connection) -> list[str]:
 def inherit(
     db: sqlite3.Connection, rows: Sequence[Indexed], requests: Sequence[Request], owners: Callable[[str], Collection[str]]
 ) -> tuple[list[Indexed], list[Request]]:
-    """Take in what a dead host has left, and return what was new. Again changes nothing.
+    """Take in what a dead host has left; returns what was new, of rows and requests. Again changes nothing.
+
+    A run that is here already, because both hosts had accepted its start, may be that host's as well as this one's, and may be claimed, too.
 
     Args:
         owners: whose a run's file may say that it is.
     """
-    new = [row for row in rows if one(db, row.id) is None]
+    found = {row.id: one(db, row.id) for row in rows}
+    new = [row for row in rows if found[row.id] is None]
     for row in new:
         add_run(db, row)
-        db.executemany("INSERT OR IGNORE INTO wf_inherited(id, host) VALUES(?, ?)", [(row.id, host) for host in owners(row.id)])
+    for row in rows:
+        here = found[row.id] or row
+        if here.finished_at is None:
+            db.executemany("INSERT OR IGNORE INTO wf_inherited(id, host) VALUES(?, ?)", [(row.id, host) for host in owners(row.id)])
     ids = {row.id for row in new}
     wanted = [request for request in requests if request.kind != "start" or request.instance in ids]
     for request in wanted:

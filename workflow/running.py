@@ -263,9 +263,13 @@ class Running(Places):
 
     async def _moved(self, id: str, error: Elsewhere) -> None:
         """A run is another host's: this one forgets it."""
+        found = await self._known(id)
+        if not await self._intake.do(functools.partial(ik.drop, id=id, owner="" if error.is_over else error.owner)):
+            assert found is not None
+            self._park(id, found.flow, self._clock.monotonic() + BROKEN_RETRY_S[0], is_paused=False)  # it may be claimed now
+            return
         log.warning("run is another host's id=%s owner=%s", id, error.owner)
         self._winners[id] = error.winner
-        await self._intake.do(functools.partial(ik.drop, id=id))
         for waiter in self._waiters.get(id, ()):
             if not waiter.done():
                 waiter.set_exception(error)

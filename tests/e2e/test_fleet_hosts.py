@@ -311,6 +311,39 @@ def test_of_two_heirs_of_one_run_one_goes_on_with_it(tmp_path: Path) -> None:
     assert _ran == [("it", 1), ("it", 2)]
 
 
+def test_a_run_that_a_host_had_in_its_own_queue_when_it_inherited_it_is_not_forgotten(tmp_path: Path) -> None:
+    """Both had accepted its start, as hosts do that are busy. The dead one had begun it, and this one must not leave it to that."""
+
+    async def run() -> None:
+        url = f"file://{tmp_path}/root"
+        a = await host(tmp_path, "a", lease_ttl_s=600.0).__aenter__()
+        await a.start(asks, "it", id="it")
+
+        async def waits() -> bool:
+            return a.parked == 1
+
+        await until(waits)
+        await a.crash()
+        rows = tuple(sql_read(tmp_path / "a" / ".host" / "intake.db", indexed))
+        async with host(tmp_path, "b", concurrency=0) as b:
+            await b.start(asks, "it", id="it")
+            with contextlib.closing(Handed(url)) as handed:
+                handed.put("b", "a.2.1", Part("a", rows, ()))
+
+                async def is_taken_in() -> bool:
+                    return handed.names("b") == []
+
+                await until(is_taken_in)
+            assert await b.run("it").status() == "queued"
+        async with host(tmp_path, "b") as b:
+            await b.run("it").send("answer", "yes")
+            assert await b.run("it").result() == [1, "yes", 2]
+
+    _ran.clear()
+    asyncio.run(run())
+    assert _ran == [("it", 1), ("it", 2)]
+
+
 @pytest.mark.slow
 def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     puts = []
