@@ -41,6 +41,8 @@ T = TypeVar("T")
 WAIT_S = 60.0
 """So long may a barrier take; then the run leaves memory and is tried again later."""
 ATTACH_TRIES = 4
+TAKE_TRIES = 12
+"""More, because an owner that lives may store something between a look and the claim."""
 
 
 class Replication:
@@ -247,7 +249,7 @@ class Replication:
     def _take(self, id: str) -> None:
         path = self._path(id)
         error: ReplicatorError | None = None
-        for _ in range(ATTACH_TRIES):
+        for _ in range(TAKE_TRIES):
             self.ownership.check()
             self._drop(id, with_salvage=False)
             if not self._restore(id, path):
