@@ -11,7 +11,23 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
-from workflow import Artifact, Cancelled, Engine, Fatal, OutcomeUnknown, Retry, StepFailed, flow, patched, receive, send, sleep, state, step
+from workflow import (
+    Artifact,
+    Cancelled,
+    Engine,
+    Fatal,
+    OutcomeUnknown,
+    Retry,
+    StepFailed,
+    barrier,
+    flow,
+    patched,
+    receive,
+    send,
+    sleep,
+    state,
+    step,
+)
 from workflow.testing import Scenario, start
 
 ran: list[str] = []
@@ -438,6 +454,27 @@ async def _waiting(name: str) -> None:
         await receive("never")
     finally:
         await upper(name)
+
+
+@step(durability="replicated")
+async def acknowledged(text: str) -> str:
+    note()
+    return text.upper()
+
+
+@flow
+async def replicates() -> list[str]:
+    await add(1, 1)
+    first = await acknowledged("a")
+    both = await asyncio.gather(acknowledged("b"), acknowledged("c"))
+    await add(2, 2)
+    await barrier()
+    return [first, *both, await child_text("d")]
+
+
+@flow
+async def child_text(text: str) -> str:
+    return await acknowledged(text)
 
 
 @step(repeat=False)

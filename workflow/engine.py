@@ -118,7 +118,8 @@ class Engine(Fleet):
             tracer: of OpenTelemetry. None: spans go to the provider that the application has set, and there are none when it has set none as this context
                 is entered. False: none in any case.
             synchronous: SQLite's setting; less than FULL loses what a power cut takes, and is for tests and comparisons.
-            faults: for tests: called with a run's id and "before" or "after" around each of its commits, in a thread.
+            faults: for tests: called with a run's id and "before" or "after" around each of its commits, in a thread, and
+                around each wait for the replica.
         """
         super().__init__()
         self.poll_s = poll_s
@@ -198,7 +199,7 @@ class Engine(Fleet):
                 objects=self._objects,
                 reader=self.reader,
                 outside=self,
-                barrier=self._replication.barrier if self._replication is not None else None,
+                barrier=self._barrier if self._replication is not None else None,
                 check_owner=self._replication.check_owner if self._replication is not None else _anybody,
                 on_idle=self._on_idle,
                 tracing=tracing_of(self._tracer),
@@ -246,6 +247,15 @@ class Engine(Fleet):
                     active.execution.abandon()
             await asyncio.wait([active.task for active in self._active.values() if active.task], timeout=1.0)
         await self._close()
+
+    async def _barrier(self, id: str) -> None:
+        """Return when the replica has all that a run has committed. Raises `ReplicatorError`."""
+        assert self._replication is not None
+        if self._faults is not None:
+            self._faults(id, "before")
+        await self._replication.barrier(id)
+        if self._faults is not None:
+            self._faults(id, "after")
 
     async def _stop_polling(self) -> None:
         for poller in self._pollers:

@@ -1,4 +1,4 @@
-"""For tests of flows: a clock that skips waiting, a crash at every commit, recorded files against changed code.
+"""For tests of flows: a clock that skips waiting, a crash at every commit and every barrier, recorded files against changed code.
 
     def test_research_survives_everything(tmp_path):
         crash_everywhere(tmp_path, start(research, "otters"))
@@ -202,30 +202,30 @@ def crash_everywhere(
     expected: Any = None,
     **settings: Any,
 ) -> CrashReport:
-    """Run a scenario uninterrupted, then once for each of its commits, with a crash before or after it and a second engine that goes on.
+    """Run a scenario uninterrupted, then once for each of its commits and barriers, with a crash before or after it and a second engine that goes on.
 
     Args:
         folder: for the files; each try has a folder of its own in it, deleted when it went well.
         bodies: returns, and forgets, the idempotency keys (`step.key()`) of all bodies that ran since it was last asked.
         points: which of so many points to try, from 1; all when not given.
         expected: the answer, when an uninterrupted run is not what it is to be compared with.
-        settings: for `Engine`.
+        settings: for `Engine`. With `replica=` each try has a root of its own below it, and each wait for the replica is a point, too.
 
     Raises:
         AssertionError: an answer differs, or a step that was recorded ran again.
     """
     asked = bodies or list
-    whole, answer, count = asyncio.run(run_to_crash(folder / "whole", scenario, None, settings))
+    whole, answer, count = asyncio.run(run_to_crash(folder / "whole", scenario, None, _own_root(settings, "whole")))
     assert whole
     asked()
     report = CrashReport(points=count, expected=answer if expected is None else expected)
     for at in points(count) if points else range(1, count + 1):
         place = folder / f"at-{at}"
-        ended, found, _ = asyncio.run(run_to_crash(place, scenario, at, settings))
+        ended, found, _ = asyncio.run(run_to_crash(place, scenario, at, _own_root(settings, place.name)))
         done = recorded(place)
         asked()
         if not ended:
-            ended, found, _ = asyncio.run(run_to_crash(place, scenario, None, settings))
+            ended, found, _ = asyncio.run(run_to_crash(place, scenario, None, _own_root(settings, place.name)))
         again = [key for key in asked() if key.partition("@")[2].partition("/")[2] in done.get(key.partition("@")[0], ())]
         report.repeated += again
         report.tried += 1
@@ -234,6 +234,14 @@ def crash_everywhere(
         assert found == report.expected, f"crash at point {at} of {count}: {found!r} instead of {report.expected!r} ({place})"
         shutil.rmtree(place)
     return report
+
+
+def _own_root(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    if settings.get("replica") is None:
+        return settings
+    from workflow.ownership import below
+
+    return settings | {"replica": below(settings["replica"], name)}
 
 
 class CrashMachine(RuleBasedStateMachine):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sampleflows import SCENARIOS, careful, take_ran
+from tests.sampleflows import SCENARIOS, careful, replicates, take_ran
 from workflow import journal as jr
 from workflow.testing import crash_everywhere, recorded, run_to_crash, start
 
@@ -38,6 +38,21 @@ def test_a_branch_that_a_recorded_failure_cancels_does_not_run_again(tmp_path: P
             assert not [key for key in take_ran() if "slow" in key]
             tried += 1
     assert tried >= 4
+
+
+@pytest.mark.slow
+def test_a_crash_at_some_barriers_changes_nothing(tmp_path: Path) -> None:
+    """With a replica each wait for it is a point, too; the same folder goes on."""
+    report = crash_everywhere(tmp_path, start(replicates), bodies=take_ran, points=_some, replica=f"file://{tmp_path}/root")
+    assert report.expected == ("returned", ["A", "B", "C", "D"])
+    assert report.tried >= 4
+
+
+@pytest.mark.scheduled
+@pytest.mark.timeout(3600)
+def test_a_crash_at_every_barrier_changes_nothing(tmp_path: Path) -> None:
+    report = crash_everywhere(tmp_path, start(replicates), bodies=take_ran, replica=f"file://{tmp_path}/root")
+    assert report.tried == report.points
 
 
 def test_an_outcome_is_unknown_exactly_where_a_crash_left_an_intent_without_a_result(tmp_path: Path) -> None:
