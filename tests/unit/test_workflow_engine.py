@@ -592,6 +592,40 @@ async def test_a_run_may_return_after_it_was_cancelled(engine: Engine) -> None:
     assert await run.result() == "went on"
 
 
+class JumpingClock(VirtualClock):
+    def jump(self, by: timedelta) -> None:
+        """Set the wall clock; the monotonic one does not hear of it."""
+        self._start += by
+
+
+def test_a_jump_of_the_clock_forward_ends_no_sleep_in_a_living_process_and_all_that_are_due_after_a_restart(tmp_path: Path) -> None:
+    async def first() -> None:
+        clock = JumpingClock()
+        async with Engine(tmp_path, clock=clock, park_after_s=0, synchronous="OFF") as engine:
+            run = await engine.start(sample.sleeps, id="it")  # three days, then a minute
+            await status_is(run, "waiting")
+            clock.jump(timedelta(days=3650))
+            engine.timers.fire()
+            assert [record.status for record in await run.steps()] == ["waiting"]
+            clock.advance(3 * 86400.0)
+            engine.timers.fire()
+            async with asyncio.timeout(10):
+                while len(await run.steps()) < 3 or await run.status() != "waiting":  # the second sleep
+                    await asyncio.sleep(0.002)
+            clock.jump(timedelta(days=3650))
+            engine.timers.fire()
+            assert [record.status for record in await run.steps()] == ["done", "done", "waiting"]
+
+    async def second() -> None:
+        clock = VirtualClock(datetime(2060, 1, 1, tzinfo=UTC))
+        async with Engine(tmp_path, clock=clock, synchronous="OFF") as engine:
+            engine.timers.fire()
+            assert await asyncio.wait_for(engine.run("it").result(), 10) == "AB"
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
 def test_a_jump_of_the_clock_back_never_makes_a_sleep_longer_than_it_was(tmp_path: Path) -> None:
     async def first() -> None:
         clock = VirtualClock(datetime(2030, 6, 1, tzinfo=UTC))
