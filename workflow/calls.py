@@ -265,13 +265,13 @@ class Calls(Recording):
 
     async def _try(self, entry: Entry, step: Step[..., Any], info: Attempt) -> Failure | None:
         call, record = entry.call, entry.record
-        started_at = self._now()
+        began = self._services.clock.now()
         self._running += 1
         try:
             assert call.signature is not None
             args, kwargs = call.signature.decode(call.input, self.reader)
             if step.tx:
-                await self._in_transaction(entry, step, info, args, kwargs, started_at)
+                await self._in_transaction(entry, step, info, args, kwargs)
                 return None
             if step.is_async:
                 value = await self._in_task(step, info, args, kwargs)
@@ -283,20 +283,20 @@ class Calls(Recording):
             entry.value = decode(call.result, text, f"result of {step.name}", self.reader)
             entry.has_value = True
         except _Timeout:
-            return "timeout", TimeoutError(f"no answer in {step.timeout_s} s"), started_at, info.usage
+            return "timeout", TimeoutError(f"no answer in {step.timeout_s} s"), iso(began), info.usage
         except NotJSON as error:
             fatal = Fatal(str(error))
             fatal.__cause__ = error
-            return "error", _named("NotJSON", fatal), started_at, info.usage
+            return "error", _named("NotJSON", fatal), iso(began), info.usage
         except Exception as error:
-            return "error", error, started_at, info.usage
+            return "error", error, iso(began), info.usage
         finally:
             self._running -= 1
         self._check_broken()
-        self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, info, started_at)])
+        self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, info, began)])
         return None
 
-    def _extras(self, record: Record, info: Attempt, started_at: str) -> list[Write]:
+    def _extras(self, record: Record, info: Attempt, began: datetime) -> list[Write]:
         """Return what is committed with a successful attempt: the state that it wrote, and what it used."""
         writes = [jr.put_state(record.seq, name, value) for name, value in info.state.items()]
         if info.state:
@@ -308,7 +308,7 @@ class Calls(Recording):
                     record.seq,
                     record.attempts,
                     machine=self._services.machine,
-                    started_at=started_at,
+                    started_at=iso(began),
                     finished_at=self._now(),
                     outcome="done",
                     usage=usage,
@@ -365,7 +365,7 @@ class Calls(Recording):
             self._late.append(jr.put_late(seq, attempt, text))
 
     async def _in_transaction(
-        self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any], started_at: str
+        self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a body with the instance's own connection; what it writes and the record are one transaction."""
         context = contextvars.copy_context()
