@@ -484,7 +484,7 @@ async def at_most_once() -> str:
 
 
 @flow
-async def careful() -> str:
+async def once_or_unknown() -> str:
     await add(1, 1)
     try:
         return await at_most_once()

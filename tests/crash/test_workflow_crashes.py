@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sampleflows import SCENARIOS, careful, replicates, take_ran
+from tests.sampleflows import SCENARIOS, once_or_unknown, replicates, take_ran
 from workflow import journal as jr
 from workflow.testing import crash_everywhere, recorded, run_to_crash, start
 
@@ -57,7 +57,7 @@ def test_a_crash_at_every_barrier_changes_nothing(tmp_path: Path) -> None:
 
 def test_an_outcome_is_unknown_exactly_where_a_crash_left_an_intent_without_a_result(tmp_path: Path) -> None:
     """A step with repeat=False at every commit: its body runs once or never again, and only what began and was not recorded is unknown."""
-    scenario, answers = start(careful), Counter[str]()
+    scenario, answers = start(once_or_unknown), Counter[str]()
     _, _, count = asyncio.run(run_to_crash(tmp_path / "whole", scenario, None, {}))
     for at in range(1, count + 1):
         place = tmp_path / f"at-{at}"
