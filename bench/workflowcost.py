@@ -57,8 +57,7 @@ async def case(
         return own, host, took
 
 
-def main(runs: int) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="bench-workflowcost-"))
+def main(runs: int, folder: Path) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
     (folder / "weed").mkdir()
     print(f"for 1,000 runs (measured: {runs})   | " + " | ".join(f"{kind:>7}" for kind in KINDS) + " |    USD | the host meanwhile")
@@ -84,4 +83,5 @@ def main(runs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    with tempfile.TemporaryDirectory(prefix="bench-workflowcost-") as found:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, Path(found))
