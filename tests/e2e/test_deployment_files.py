@@ -110,7 +110,17 @@ def test_the_parts_of_the_manifest_fit_together() -> None:
 
 
 def test_probes_ask_what_is_served_where_it_is_served() -> None:
-    observed = Observed(Store(), lambda: b"")
+    store = Store()
+    observed = Observed(store, lambda: b"")
+    assert observed.respond(Request("GET", "/readyz", {})).status == 503
+    store.start()
+    try:
+        check_probes(observed)
+    finally:
+        store.close(20)
+
+
+def check_probes(observed: Observed) -> None:
     address = settings().daemon.address
     assert address is not None
     container = CONTAINERS["pyrepl"]
