@@ -116,6 +116,15 @@ MUTANTS = [
         "a defect ends the thread in silence", "loop.py", "        except Exception as error:\n            self._board.fail(error)\n",
         "        except Exception:\n            pass\n", f"{ERRORS}::test_a_defect_in_the_engine_is_reported_and_not_swallowed", (9,),
     ),
+    Mutant(
+        "the lock stays with a forked child after the end", "engine.py", "                fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked child may share it\n", "",
+        f"{ERRORS}::test_the_lock_is_free_after_close_though_a_forked_child_lives", (5,),
+        (("engine.py", "    for engine in _engines:\n        engine._forget_lock()\n", "    pass\n"),),
+    ),
+    Mutant(
+        "the end of the daemon hides what is not stored", "member.py", '        self.error = error\n        log.error("not everything was stored', '        log.error("not everything was stored',
+        "tests/e2e/test_daemon.py::test_what_did_not_get_through_is_said_and_the_exit_code_is_not_zero", (7,),
+    ),
     # -- SQLite and the local database
     Mutant("the last commit frame is left out", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if", WAL),
     Mutant("frame checksums are ignored", "format/wal.py", "(sums == fields[:count, 4:]).all(axis=1)", "(sums == sums).all(axis=1)", WAL),
@@ -155,7 +164,7 @@ MUTANTS = [
     ),
     Mutant(
         "the WAL is not pinned", "db.py", '    connection.execute("PRAGMA user_version").fetchone()\n', "",
-        "tests/property/test_replication_machine.py::TestReplication", (15,),
+        f"{ATTACH}::test_checkpoints_of_others_after_one_of_ours_lose_nothing", (15,),
     ),
     Mutant(
         "a database never shrinks", "engine.py", "header = self._header(txid, txid, changes.commit, changes.end)",
@@ -248,6 +257,28 @@ MUTANTS = [
         "large files of other page sizes are merged", "compactor.py", "        if inputs and following.header.page_size != inputs[0].header.page_size:\n", "        if False:\n",
         f"{COMPACTOR}::test_merging_never_crosses_a_change_of_the_page_size", (71,),
     ),
+    Mutant(
+        "whatever happened while nobody looked, the WAL is continued", "db.py", "        proven = self._attached and self._restart_allowed\n", "        proven = True\n",
+        f"{DOWNTIME}::test_only_differing_pages_are_uploaded_after_downtime", (10,),
+    ),
+    Mutant(
+        "what was read counts before it is encoded", "engine.py", "        self._preserve(changes)\n        entry = self._encode(changes, wal)\n",
+        "        self._preserve(changes)\n        self._database.attached(changes.end)\n        self._position = changes.end\n        entry = self._encode(changes, wal)\n",
+        f"{ATTACH}::test_what_the_first_scan_read_and_could_not_encode_is_not_skipped_when_the_wal_restarts", (11,),
+    ),
+    Mutant(
+        "the last commit frame is not committed", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if",
+        f"{WAL}::test_a_short_last_frame_is_left_out_and_a_transaction_without_commit_is_not_counted", (19,),
+    ),
+    Mutant(
+        "the page table grows into a hole of the disk", "pagetable.py", "        os.posix_fallocate(file, 0, size)\n", "        os.ftruncate(file, size)\n",
+        f"{TABLE}::test_a_disk_that_is_full_when_the_table_grows_leaves_it_as_it_was", (23,),
+    ),
+    Mutant(
+        "local state of another history is taken", "joining.py", "    if table is not None and stored and table.state.lineage not in stored:\n", "    if False:\n",
+        f"{DOWNTIME}::test_metadata_of_another_database_is_refused", (70,),
+        (("replica.py", "        if recorded is not None and recorded != lineage:\n", "        if False:\n"),),
+    ),
     # -- object store
     Mutant(
         "an outage ends replication", "uploader.py", "                self._wait(error, delay)\n                continue\n", "                board.fail(error)\n                return\n",
@@ -274,7 +305,7 @@ MUTANTS = [
         f"{S3}::test_an_unordered_listing_with_repeats_is_put_right", (32,),
     ),
     Mutant(
-        "a listing without end is followed", "storage/s3.py", "            if not token or token in seen:\n", "            if not token or len(seen) > 50:\n",
+        "a listing that does not end is whole", "storage/s3.py", "            if not token or token in seen:\n", "            if not token or token in seen:\n                return\n",
         f"{S3}::test_a_listing_that_does_not_end_is_an_error", (32,),
     ),
     Mutant("another range than asked is taken", "storage/s3.py", "if first != offset or last - first + 1 != length:", "if first < 0:", S3),
@@ -345,6 +376,30 @@ MUTANTS = [
         "retention is always due", "retention.py", "    if not found:\n        return None\n", "    if not found:\n        return now + 3600\n",
         f"{KEEPER}::test_a_database_without_writes_makes_no_request_and_has_nothing_due", (43,),
     ),
+    Mutant(
+        "an outage ends the keeper", "keeper.py", "        except (ReplicatorError, OSError) as error:\n            self._failed(task.name, error)\n", "        except AccessDenied as error:\n            self._failed(task.name, error)\n",
+        f"{KEEPER}::test_an_outage_delays_the_keeper_and_nothing_is_lost", (28,),
+    ),
+    Mutant(
+        "what is there already is somebody else's", "replica.py", "            if not self._holds(file):\n                raise StorageError(", "            raise Fenced(self.url, file.max_txid) from None\n            if not self._holds(file):\n                raise StorageError(",
+        f"{STEPS}::test_storing_and_reading_over_the_network", (29,),
+    ),
+    Mutant(
+        "raw files are listed last", "chain.py", "    raw = one(0)\n    with", "    with", f"{RESTORE}::test_raw_files_are_listed_before_all_others", (32,),
+        (("chain.py", "        return {0: raw, **dict(zip(levels[1:], pool.map(one, levels[1:]), strict=True))}\n", "        return dict(zip(reversed(levels), pool.map(one, reversed(levels)), strict=True))\n"),),
+    ),
+    Mutant(
+        "an ignored range is not noticed", "storage/s3.py", "            if length == total:\n", "            if length < 0:\n", f"{S3}::test_a_range_is_exact_whatever_the_server_makes_of_it", (33,),
+        (("storage/s3.py", "            if length != wanted:\n", "            if length < 0:\n"),),
+    ),
+    Mutant(
+        "a database begins anew whatever the replica says", "member.py", "            except NoBackups:\n                log.info(\"nothing to restore", "            except Exception:\n                log.info(\"nothing to restore",
+        "tests/e2e/test_configured.py::test_a_missing_database_does_not_begin_anew_while_its_replica_is_unreachable", (35,),
+    ),
+    Mutant(
+        "a second create that succeeds is a kept condition", "storage/probe.py", "        else:\n            return Conditions(create=False, replace=False)\n", "        else:\n            pass\n",
+        f"{S3}::test_the_probe_tells_the_conditions_apart_and_cleans_up", (37,),
+    ),
     # -- split brain and failover
     Mutant(
         "other bytes of another writer are taken for ours", "replica.py", "        if not same:\n            raise Fenced(self.url, file.max_txid)\n", "",
@@ -378,6 +433,17 @@ MUTANTS = [
     Mutant(
         "a replica of a newer version is written to", "replica.py", "    if version > LINEAGE_VERSION:\n", "    if False:\n",
         "tests/e2e/test_versions.py::test_a_replica_of_a_newer_version_is_left_alone", (50,),
+    ),
+    Mutant(
+        "any version of a file is read", "format/ltx.py", "    if magic != MAGIC:\n", "    if magic[:3] != MAGIC[:3]:\n", "tests/e2e/test_versions.py::test_an_ltx_file_of_another_version_is_refused_by_name", (50,),
+    ),
+    Mutant(
+        "any version of a page table is read", "pagetable.py", "    if fields[0] != MAGIC or zlib.crc32(data[: _SLOT.size - 4]) != fields[-1]:\n", "    if fields[0] == bytes(8):\n",
+        "tests/e2e/test_versions.py::test_a_page_table_of_another_version_is_made_anew_from_the_replica", (50,),
+    ),
+    Mutant(
+        "any version of a parked state is read", "parking.py", '        if body["version"] != VERSION:\n', "        if False:\n",
+        "tests/e2e/test_versions.py::test_a_record_of_a_parked_database_of_another_version_counts_for_nothing", (50,),
     ),
     # -- hostile inputs
     Mutant(
@@ -466,6 +532,35 @@ MUTANTS = [
     ),
     Mutant(
         "a hole in a WAL file is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_offsets_beyond_four_gibibytes_join", (64,)
+    ),
+    Mutant(
+        "a restore does not compare the checksum of a file", "format/ltx.py", "if got != trailer.file_checksum:", "if got < 0:", f"{RESTORE}::test_every_damaged_byte_of_every_file_is_found", (51,)
+    ),
+    Mutant(
+        "TXIDs may be the wrong way round", "format/ltx.py", "        if self.min_txid > self.max_txid:\n", "        if False:\n", f"{LTX}::test_a_header_that_means_nothing_is_refused", (52,)
+    ),
+    Mutant(
+        "an LZ4 frame comes out in one piece", "format/v3.py", "self._decompressor.decompress(data, self._piece_bytes)", "self._decompressor.decompress(data, -1)",
+        "tests/unit/test_v3_format.py::test_a_bomb_comes_out_in_bounded_pieces", (53,),
+    ),
+    Mutant(
+        "unknown keys are passed over", "configtable.py", "            if key not in known and not", "            if not key and not", "tests/unit/test_config.py::test_unknown_keys_are_refused_with_their_place", (57,)
+    ),
+    Mutant(
+        "settings of other stores show their secrets", "storage/locations.py", "    account_key: str | None = field(default=None, repr=False)\n", "    account_key: str | None = None\n",
+        "tests/unit/test_config.py::test_keys_of_other_stores", (59,),
+    ),
+    Mutant(
+        "what appears at the output is overwritten", "publish.py", "    replaces = force or (found is not None and found.st_size == 0)\n", "    replaces = True\n",
+        f"{RESTORE}::test_an_output_that_appears_meanwhile_is_not_overwritten", (61,),
+    ),
+    Mutant(
+        "the control socket is open to all", "server.py", "        os.chmod(path, permissions)  # before it listens, nobody can connect\n", "",
+        f"{SECURITY}::test_the_control_socket_is_private_before_anybody_can_connect", (61,),
+    ),
+    Mutant(
+        "encryption that was asked for is forgotten", "storage/__init__.py", "    encrypted = bool(settings.age_identities or settings.age_recipients)\n", "    encrypted = False\n",
+        "tests/unit/test_config.py::test_encryption_that_was_asked_for_never_becomes_plaintext", (62,),
     ),
     # -- of the tests themselves
     Mutant(
