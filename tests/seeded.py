@@ -125,6 +125,14 @@ MUTANTS = [
         "the daemon does not say at its end what is not stored", "member.py", '        log.error("not everything was stored', '        log.debug("not everything was stored',
         "tests/e2e/test_daemon.py::test_what_did_not_get_through_is_said_and_the_exit_code_is_not_zero", (7,),
     ),
+    Mutant(
+        "the journal of a followed copy has no name on the disk", "inplace.py", "        sync_file(self._file)\n        sync_directory(os.path.dirname(self._path))\n", "        sync_file(self._file)\n",
+        "tests/unit/test_inplace.py::test_a_power_cut_at_any_call_leaves_the_old_state_or_the_new_one", (2,),
+    ),
+    Mutant(
+        "that there are no more threads is a defect", "uploader.py", "        raise OSError(errno.EAGAIN, f\"cannot start a thread: {error}\") from error\n", "        raise\n",
+        f"{STEPS}::test_no_more_threads", (9, 24),
+    ),
     # -- SQLite and the local database
     Mutant("the last commit frame is left out", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if", WAL),
     Mutant("frame checksums are ignored", "format/wal.py", "(sums == fields[:count, 4:]).all(axis=1)", "(sums == sums).all(axis=1)", WAL),
@@ -279,6 +287,18 @@ MUTANTS = [
         f"{DOWNTIME}::test_metadata_of_another_database_is_refused", (70,),
         (("replica.py", "        if recorded is not None and recorded != lineage:\n", "        if False:\n"),),
     ),
+    Mutant(
+        "a file that was replaced is read on", "engine.py", "            if self._database.replaced():\n", "            if False:\n",
+        f"{ATTACH}::test_a_database_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one", (17,),
+    ),
+    Mutant(
+        "a file that cannot be made keeps its folder open", "atomic.py", "        except BaseException:\n            os.close(self._directory)\n            raise\n        return self\n", "        except BaseException:\n            raise\n        return self\n",
+        f"{STEPS}::test_sync", (24,),
+    ),
+    Mutant(
+        "another page size is a difference like others", "engine.py", "        if state.txid and state.page_size != image.page_size:\n", "        if False:\n",
+        f"{REPLICAS}::test_a_replica_that_missed_a_change_of_the_page_size_gets_a_full_image", (71,),
+    ),
     # -- object store
     Mutant(
         "an outage ends replication", "uploader.py", "                self._wait(error, delay)\n                continue\n", "                board.fail(error)\n                return\n",
@@ -353,7 +373,7 @@ MUTANTS = [
     ),
     Mutant(
         "what may not be deleted ends the keeper", "keeper.py", "        except (ReplicatorError, OSError) as error:\n            self._failed(task.name, error)\n", "        except OSError as error:\n            self._failed(task.name, error)\n",
-        f"{KEEPER}::test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on", (40,),
+        f"{KEEPER}::test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on", (39, 40),
     ),
     Mutant(
         "nobody waits for room", "loop.py", "        while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():\n", "        while False:\n",
@@ -561,6 +581,17 @@ MUTANTS = [
     Mutant(
         "encryption that was asked for is forgotten", "storage/__init__.py", "    encrypted = bool(settings.age_identities or settings.age_recipients)\n", "    encrypted = False\n",
         "tests/unit/test_config.py::test_encryption_that_was_asked_for_never_becomes_plaintext", (62,),
+    ),
+    Mutant(
+        "a block says itself how large its page is", "format/ltx.py", "page = decompress(block, uncompressed_size=page_size)", "page = decompress(block, uncompressed_size=max(page_size, 1 << 25))",
+        "tests/unit/test_fuzz_targets.py::test_a_page_that_claims_to_be_huge_takes_no_memory", (53,), (("format/ltx.py", "if size > bound:", "if size < 0:"),),
+    ),
+    Mutant(
+        "a checksum of nothing is passed over", "format/ltx.py", "            if trailer.post_apply_checksum:\n                raise", "            if False:\n                raise",
+        f"{LTX}::test_a_post_apply_checksum_without_tracking_is_refused", (54,),
+    ),
+    Mutant(
+        "a missing segment of 0.3 is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_a_missing_segment_is_named_and_nothing_is_left", (64,)
     ),
     # -- of the tests themselves
     Mutant(
