@@ -180,6 +180,11 @@ MUTANTS = [
         (16,),
     ),
     Mutant(
+        "a VACUUM does not shrink a database", "engine.py", "header = self._header(txid, txid, changes.commit, changes.end)",
+        "header = self._header(txid, txid, max(changes.commit, self._commit), changes.end)",
+        f"{LIBRARY}::test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth", (16,),
+    ),
+    Mutant(
         "growth pages are forgotten", "engine.py", "        if not len(grown) or len(grown) == int((changes.pgnos > self._commit).sum()):\n", "        if True:\n",
         f"{ATTACH} {LIBRARY}",
     ),
@@ -420,6 +425,32 @@ MUTANTS = [
         "a second create that succeeds is a kept condition", "storage/probe.py", "        else:\n            return Conditions(create=False, replace=False)\n", "        else:\n            pass\n",
         f"{S3}::test_the_probe_tells_the_conditions_apart_and_cleans_up", (37,),
     ),
+    Mutant(
+        "the outcome of a conflict is known", "storage/s3.py", "status in (408, 409, 425, 429)", "status in (408, 425, 429)",
+        "tests/e2e/test_hostile_s3.py::test_a_write_without_an_answer_is_of_unknown_outcome", (29,), (("storage/s3.py", '        "ConditionalRequestConflict",\n', ""),),
+    ),
+    Mutant(
+        "an image of ours whose reply was lost is not known again", "replica.py", "                self.record(info)\n                return True\n        return False\n", "                return False\n        return False\n",
+        f"{REPLICAS}::test_an_image_whose_reply_was_lost_is_stored_again_without_taking_it_for_somebody_elses", (29,),
+    ),
+    Mutant(
+        "a damaged file is merged again and again", "keeper.py", "            self._set_aside(task.inputs, error)\n", "", f"{KEEPER}::test_a_raw_file_that_was_cut_short_is_damage", (31,)
+    ),
+    Mutant(
+        "a body that ends early is whole", "storage/s3.py",
+        "        with self._translated():\n            piece: bytes = self._body.read(size)\n        if not piece:\n            raise StorageUnavailable(f\"connection ended before the object did: {self._name}\")\n",
+        "        piece = b\"\"\n        with contextlib.suppress(Exception):\n            piece = self._body.read(size)\n        if not piece:\n            self._rest = 0\n",
+        f"{S3}::test_a_body_that_ends_early_is_unavailable_and_not_short", (33,),
+        (("storage/s3.py", "            wanted -= len(piece)\n", "            wanted = wanted - len(piece) if piece else 0\n"),),
+    ),
+    Mutant(
+        "files that somebody else deleted are planned with", "keeper.py", "            self.replica.relist()  # somebody else deletes here, too\n", "",
+        f"{KEEPER}::test_files_that_somebody_else_deletes_do_not_stop_the_keeper", (34,),
+    ),
+    Mutant(
+        "retention lists what is known", "keeper.py", "        now, files = self._clock(), self.replica.listing()\n        self._not_before", "        self.replica.relist()\n        now, files = self._clock(), self.replica.listing()\n        self._not_before",
+        f"{KEEPER}::test_the_right_to_list_is_not_needed_after_the_start", (39,),
+    ),
     # -- split brain and failover
     Mutant(
         "other bytes of another writer are taken for ours", "replica.py", "        if not same:\n            raise Fenced(self.url, file.max_txid)\n", "",
@@ -512,6 +543,10 @@ MUTANTS = [
         "tests/unit/test_yamltree.py::test_what_would_take_much_is_refused_soon tests/unit/test_fuzz_targets.py::test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory", (57,),
     ),
     Mutant(
+        "a redirect is asked about again and again", "storage/s3.py", '    api.meta.events.register("before-call.s3.HeadBucket", _do_not_follow)\n', "",
+        f"{S3}::test_a_redirect_never_takes_the_credentials_to_another_host", (58,),
+    ),
+    Mutant(
         "a redirect is followed", "storage/webdav.py", "                    redirect=False,\n", "                    redirect=True,\n",
         "tests/storage/test_other_stores.py::test_a_redirect_does_not_get_the_password", (58,), (("storage/webdav.py", "            redirect=0,\n", "            redirect=3,\n"),),
     ),
@@ -592,6 +627,10 @@ MUTANTS = [
     ),
     Mutant(
         "a missing segment of 0.3 is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_a_missing_segment_is_named_and_nothing_is_left", (64,)
+    ),
+    Mutant(
+        "a decoder makes room for what the header says", "format/ltx.py", "        self._tracked = header.is_snapshot and not", "        self._room = bytearray(header.commit >> 6)\n        self._tracked = header.is_snapshot and not",
+        "tests/unit/test_fuzz_targets.py::test_a_header_of_four_billion_pages_takes_no_memory", (52,),
     ),
     # -- of the tests themselves
     Mutant(
