@@ -133,6 +133,17 @@ MUTANTS = [
         "that there are no more threads is a defect", "uploader.py", "        raise OSError(errno.EAGAIN, f\"cannot start a thread: {error}\") from error\n", "        raise\n",
         f"{STEPS}::test_no_more_threads", (9, 24),
     ),
+    Mutant(
+        "a killed process had acknowledged what it had not stored", "replica.py", "        for file in files:\n            self._store(file)\n        self._make_sure", "        self._make_sure",
+        "tests/crash/test_sigkill.py::test_ten_kills_lose_nothing_that_was_acknowledged", (1,),
+    ),
+    Mutant(
+        "the journal of a followed copy is cold", "inplace.py", "            journal.make_hot()\n", "", "tests/unit/test_inplace.py::test_a_death_at_any_call_leaves_the_old_state_or_the_new_one", (1,)
+    ),
+    Mutant(
+        "an unreadable configuration is an error without a name", "cli/configured.py", "    except OSError as error:\n        raise ConfigError(f\"cannot read config file", "    except ZeroDivisionError as error:\n        raise ConfigError(f\"cannot read config file",
+        f"{STEPS}::test_loading_the_configuration", (1,),
+    ),
     # -- SQLite and the local database
     Mutant("the last commit frame is left out", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if", WAL),
     Mutant("frame checksums are ignored", "format/wal.py", "(sums == fields[:count, 4:]).all(axis=1)", "(sums == sums).all(axis=1)", WAL),
@@ -196,7 +207,7 @@ MUTANTS = [
         "an old WAL stays beside the restored file", "publish.py", "                side.rename(temporary.with_name(temporary.name + suffix))\n",
         "                side.exists()\n", f"{V3RESTORE}::test_mode_and_side_files_are_those_of_every_restore", (18,),
     ),
-    Mutant("a failed restore keeps the old WAL", "publish.py", "                _put_back(temporary, output)\n        raise\n", "                pass\n        raise\n", f"{STEPS}::test_restore", (18,)),
+    Mutant("a failed restore keeps the old WAL", "publish.py", "                _put_back(temporary, output)\n        raise\n", "                pass\n        raise\n", f"{STEPS}::test_restore", (1, 18, 23)),
     Mutant(
         "damage in the WAL is taken for its end", "engine.py", "        if changes is None and self._database.is_end_doubtful:\n", "        if False:\n",
         f"{ATTACH}::test_a_damaged_frame_is_not_taken_for_the_end_of_the_wal", (19,),
@@ -228,7 +239,7 @@ MUTANTS = [
     ),
     Mutant(
         "a staged file that fails is left", "outbox.py", "        except BaseException:\n            path.unlink(missing_ok=True)\n            raise\n",
-        "        except BaseException:\n            raise\n", f"{STEPS}::test_staging_and_upload {STEPS}::test_snapshot", (23,),
+        "        except BaseException:\n            raise\n", f"{STEPS}::test_staging_and_upload {STEPS}::test_snapshot", (1, 23),
     ),
     Mutant(
         "an entry that could not be noted is dropped", "loop.py", "        self._unsettled = entry\n        self._engine.settled(entry)\n", "        self._engine.settled(entry)\n",
@@ -303,6 +314,9 @@ MUTANTS = [
     Mutant(
         "another page size is a difference like others", "engine.py", "        if state.txid and state.page_size != image.page_size:\n", "        if False:\n",
         f"{REPLICAS}::test_a_replica_that_missed_a_change_of_the_page_size_gets_a_full_image", (71,),
+    ),
+    Mutant(
+        "what a checkpoint read under the write lock is dropped", "engine.py", "        if result.tail is not None:\n            self._tails.append(result.tail)\n", "", f"{STEPS}::test_checkpoint", (1, 11)
     ),
     # -- object store
     Mutant(
@@ -495,6 +509,10 @@ MUTANTS = [
     Mutant(
         "any version of a parked state is read", "parking.py", '        if body["version"] != VERSION:\n', "        if False:\n",
         "tests/e2e/test_versions.py::test_a_record_of_a_parked_database_of_another_version_counts_for_nothing", (50,),
+    ),
+    Mutant(
+        "an owner whose time is over acts", "lease.py", "        if term is not None and is_in_force(term, self._clock.now()):\n            return term.record.generation\n", "        if term is not None:\n            return term.record.generation\n",
+        f"{STEPS}::test_lease", (1, 46),
     ),
     # -- hostile inputs
     Mutant(
