@@ -318,6 +318,10 @@ MUTANTS = [
     Mutant(
         "what a checkpoint read under the write lock is dropped", "engine.py", "        if result.tail is not None:\n            self._tails.append(result.tail)\n", "", f"{STEPS}::test_checkpoint", (1, 11)
     ),
+    Mutant(
+        "writers are held when a rollback fails", "db.py", "        except sqlite3.Error:\n            # The application must", "        except sqlite3.Error:\n            raise\n            # The application must",
+        f"{STEPS}::test_checkpoint", (1, 11),
+    ),
     # -- object store
     Mutant(
         "an outage ends replication", "uploader.py", "                self._wait(error, delay)\n                continue\n", "                board.fail(error)\n                return\n",
