@@ -322,6 +322,10 @@ MUTANTS = [
         "writers are held when a rollback fails", "db.py", "        except sqlite3.Error:\n            # The application must", "        except sqlite3.Error:\n            raise\n            # The application must",
         f"{STEPS}::test_checkpoint", (1, 11),
     ),
+    Mutant(
+        "a write lock that was reported as failed is kept", "db.py", "                if self._writer.in_transaction:  # begun, and reported as failed\n", "                if False:\n",
+        f"{ATTACH}::test_a_write_lock_that_was_taken_and_reported_as_failed_is_let_go", (26,),
+    ),
     # -- object store
     Mutant(
         "an outage ends replication", "uploader.py", "                self._wait(error, delay)\n                continue\n", "                board.fail(error)\n                return\n",

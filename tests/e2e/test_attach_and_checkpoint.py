@@ -229,6 +229,37 @@ def test_a_writer_is_let_go_when_its_rollback_fails(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F26")
+def test_a_write_lock_that_was_taken_and_reported_as_failed_is_let_go(tmp_path: Path) -> None:
+    class Begun(RaisesOnce):
+        @property
+        def in_transaction(self) -> bool:
+            return self.connection.in_transaction
+
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            found = self.connection.execute(sql)
+            if sql == "BEGIN IMMEDIATE" and not self.failed:
+                self.failed = True
+                raise sqlite3.OperationalError("disk I/O error")
+            return found
+
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 5)
+    drain(subject)
+    subject._database._writer = Begun(subject._database._writer)  # type: ignore[assignment]
+    assert not subject.checkpoint()
+    application.execute("PRAGMA busy_timeout=0")
+    application.execute("INSERT INTO t(v) VALUES('not locked')")
+    drain(subject)
+    assert subject.checkpoint()
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
 @pytest.mark.fault("F15")
 @pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
 def test_checkpoints_of_others_after_one_of_ours_lose_nothing(tmp_path: Path, mode: str) -> None:
