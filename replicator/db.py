@@ -295,6 +295,9 @@ class Database:
                 self._writer.execute("BEGIN IMMEDIATE")
                 return True
             except sqlite3.OperationalError:
+                if self._writer.in_transaction:  # begun, and reported as failed
+                    self._release_writers()
+                    return False
                 if time.monotonic() > end:
                     return False
                 time.sleep(LOCK_RETRY_S)

@@ -116,6 +116,34 @@ MUTANTS = [
         "a defect ends the thread in silence", "loop.py", "        except Exception as error:\n            self._board.fail(error)\n",
         "        except Exception:\n            pass\n", f"{ERRORS}::test_a_defect_in_the_engine_is_reported_and_not_swallowed", (9,),
     ),
+    Mutant(
+        "the lock stays with a forked child after the end", "engine.py", "                fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked child may share it\n", "",
+        f"{ERRORS}::test_the_lock_is_free_after_close_though_a_forked_child_lives", (5,),
+        (("engine.py", "    for engine in _engines:\n        engine._forget_lock()\n", "    pass\n"),),
+    ),
+    Mutant(
+        "the daemon does not say at its end what is not stored", "member.py", '        log.error("not everything was stored', '        log.debug("not everything was stored',
+        "tests/e2e/test_daemon.py::test_what_did_not_get_through_is_said_and_the_exit_code_is_not_zero", (7,),
+    ),
+    Mutant(
+        "the journal of a followed copy has no name on the disk", "inplace.py", "        sync_file(self._file)\n        sync_directory(os.path.dirname(self._path))\n", "        sync_file(self._file)\n",
+        "tests/unit/test_inplace.py::test_a_power_cut_at_any_call_leaves_the_old_state_or_the_new_one", (2,),
+    ),
+    Mutant(
+        "that there are no more threads is a defect", "uploader.py", "        raise OSError(errno.EAGAIN, f\"cannot start a thread: {error}\") from error\n", "        raise\n",
+        f"{STEPS}::test_no_more_threads", (9, 24),
+    ),
+    Mutant(
+        "a killed process had acknowledged what it had not stored", "replica.py", "        for file in files:\n            self._store(file)\n        self._make_sure", "        self._make_sure",
+        "tests/crash/test_sigkill.py::test_ten_kills_lose_nothing_that_was_acknowledged", (1,),
+    ),
+    Mutant(
+        "the journal of a followed copy is cold", "inplace.py", "            journal.make_hot()\n", "", "tests/unit/test_inplace.py::test_a_death_at_any_call_leaves_the_old_state_or_the_new_one", (1,)
+    ),
+    Mutant(
+        "an unreadable configuration is an error without a name", "cli/configured.py", "    except OSError as error:\n        raise ConfigError(f\"cannot read config file", "    except ZeroDivisionError as error:\n        raise ConfigError(f\"cannot read config file",
+        f"{STEPS}::test_loading_the_configuration", (1,),
+    ),
     # -- SQLite and the local database
     Mutant("the last commit frame is left out", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if", WAL),
     Mutant("frame checksums are ignored", "format/wal.py", "(sums == fields[:count, 4:]).all(axis=1)", "(sums == sums).all(axis=1)", WAL),
@@ -155,12 +183,17 @@ MUTANTS = [
     ),
     Mutant(
         "the WAL is not pinned", "db.py", '    connection.execute("PRAGMA user_version").fetchone()\n', "",
-        "tests/property/test_replication_machine.py::TestReplication", (15,),
+        f"{ATTACH}::test_checkpoints_of_others_after_one_of_ours_lose_nothing", (15,),
     ),
     Mutant(
         "a database never shrinks", "engine.py", "header = self._header(txid, txid, changes.commit, changes.end)",
         "header = self._header(txid, txid, max(changes.commit, self._commit), changes.end)", f"{LIBRARY}::test_auto_vacuum_shrinks_the_restored_file_too",
         (16,),
+    ),
+    Mutant(
+        "a VACUUM does not shrink a database", "engine.py", "header = self._header(txid, txid, changes.commit, changes.end)",
+        "header = self._header(txid, txid, max(changes.commit, self._commit), changes.end)",
+        f"{LIBRARY}::test_restore_is_byte_equal_through_checkpoints_vacuum_and_growth", (16,),
     ),
     Mutant(
         "growth pages are forgotten", "engine.py", "        if not len(grown) or len(grown) == int((changes.pgnos > self._commit).sum()):\n", "        if True:\n",
@@ -174,7 +207,7 @@ MUTANTS = [
         "an old WAL stays beside the restored file", "publish.py", "                side.rename(temporary.with_name(temporary.name + suffix))\n",
         "                side.exists()\n", f"{V3RESTORE}::test_mode_and_side_files_are_those_of_every_restore", (18,),
     ),
-    Mutant("a failed restore keeps the old WAL", "publish.py", "                _put_back(temporary, output)\n        raise\n", "                pass\n        raise\n", f"{STEPS}::test_restore", (18,)),
+    Mutant("a failed restore keeps the old WAL", "publish.py", "                _put_back(temporary, output)\n        raise\n", "                pass\n        raise\n", f"{STEPS}::test_restore", (1, 18, 23)),
     Mutant(
         "damage in the WAL is taken for its end", "engine.py", "        if changes is None and self._database.is_end_doubtful:\n", "        if False:\n",
         f"{ATTACH}::test_a_damaged_frame_is_not_taken_for_the_end_of_the_wal", (19,),
@@ -206,7 +239,7 @@ MUTANTS = [
     ),
     Mutant(
         "a staged file that fails is left", "outbox.py", "        except BaseException:\n            path.unlink(missing_ok=True)\n            raise\n",
-        "        except BaseException:\n            raise\n", f"{STEPS}::test_staging_and_upload {STEPS}::test_snapshot", (23,),
+        "        except BaseException:\n            raise\n", f"{STEPS}::test_staging_and_upload {STEPS}::test_snapshot", (1, 23),
     ),
     Mutant(
         "an entry that could not be noted is dropped", "loop.py", "        self._unsettled = entry\n        self._engine.settled(entry)\n", "        self._engine.settled(entry)\n",
@@ -248,6 +281,51 @@ MUTANTS = [
         "large files of other page sizes are merged", "compactor.py", "        if inputs and following.header.page_size != inputs[0].header.page_size:\n", "        if False:\n",
         f"{COMPACTOR}::test_merging_never_crosses_a_change_of_the_page_size", (71,),
     ),
+    Mutant(
+        "whatever happened while nobody looked, the WAL is continued", "db.py", "        proven = self._attached and self._restart_allowed\n", "        proven = True\n",
+        f"{DOWNTIME}::test_only_differing_pages_are_uploaded_after_downtime", (10,),
+    ),
+    Mutant(
+        "what was read counts before it is encoded", "engine.py", "        self._preserve(changes)\n        entry = self._encode(changes, wal)\n",
+        "        self._preserve(changes)\n        self._database.attached(changes.end)\n        self._position = changes.end\n        entry = self._encode(changes, wal)\n",
+        f"{ATTACH}::test_what_the_first_scan_read_and_could_not_encode_is_not_skipped_when_the_wal_restarts", (11,),
+    ),
+    Mutant(
+        "the last commit frame is not committed", "format/wal.py", "int(found[-1]) + 1 if", "int(found[-1]) if",
+        f"{WAL}::test_a_short_last_frame_is_left_out_and_a_transaction_without_commit_is_not_counted", (19,),
+    ),
+    Mutant(
+        "the page table grows into a hole of the disk", "pagetable.py", "        os.posix_fallocate(file, 0, size)\n", "        os.ftruncate(file, size)\n",
+        f"{TABLE}::test_a_disk_that_is_full_when_the_table_grows_leaves_it_as_it_was", (23,),
+    ),
+    Mutant(
+        "local state of another history is taken", "joining.py", "    if table is not None and stored and table.state.lineage not in stored:\n", "    if False:\n",
+        f"{DOWNTIME}::test_metadata_of_another_database_is_refused", (70,),
+        (("replica.py", "        if recorded is not None and recorded != lineage:\n", "        if False:\n"),),
+    ),
+    Mutant(
+        "a file that was replaced is read on", "engine.py", "            if self._database.replaced():\n", "            if False:\n",
+        f"{ATTACH}::test_a_database_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one", (17,),
+    ),
+    Mutant(
+        "a file that cannot be made keeps its folder open", "atomic.py", "        except BaseException:\n            os.close(self._directory)\n            raise\n        return self\n", "        except BaseException:\n            raise\n        return self\n",
+        f"{STEPS}::test_sync", (24,),
+    ),
+    Mutant(
+        "another page size is a difference like others", "engine.py", "        if state.txid and state.page_size != image.page_size:\n", "        if False:\n",
+        f"{REPLICAS}::test_a_replica_that_missed_a_change_of_the_page_size_gets_a_full_image", (71,),
+    ),
+    Mutant(
+        "what a checkpoint read under the write lock is dropped", "engine.py", "        if result.tail is not None:\n            self._tails.append(result.tail)\n", "", f"{STEPS}::test_checkpoint", (1, 11)
+    ),
+    Mutant(
+        "writers are held when a rollback fails", "db.py", "        except sqlite3.Error:\n            # The application must", "        except sqlite3.Error:\n            raise\n            # The application must",
+        f"{STEPS}::test_checkpoint", (1, 11),
+    ),
+    Mutant(
+        "a write lock that was reported as failed is kept", "db.py", "                if self._writer.in_transaction:  # begun, and reported as failed\n", "                if False:\n",
+        f"{ATTACH}::test_a_write_lock_that_was_taken_and_reported_as_failed_is_let_go", (26,),
+    ),
     # -- object store
     Mutant(
         "an outage ends replication", "uploader.py", "                self._wait(error, delay)\n                continue\n", "                board.fail(error)\n                return\n",
@@ -274,7 +352,7 @@ MUTANTS = [
         f"{S3}::test_an_unordered_listing_with_repeats_is_put_right", (32,),
     ),
     Mutant(
-        "a listing without end is followed", "storage/s3.py", "            if not token or token in seen:\n", "            if not token or len(seen) > 50:\n",
+        "a listing that does not end is whole", "storage/s3.py", "            if not token or token in seen:\n", "            if not token or token in seen:\n                return\n",
         f"{S3}::test_a_listing_that_does_not_end_is_an_error", (32,),
     ),
     Mutant("another range than asked is taken", "storage/s3.py", "if first != offset or last - first + 1 != length:", "if first < 0:", S3),
@@ -322,7 +400,7 @@ MUTANTS = [
     ),
     Mutant(
         "what may not be deleted ends the keeper", "keeper.py", "        except (ReplicatorError, OSError) as error:\n            self._failed(task.name, error)\n", "        except OSError as error:\n            self._failed(task.name, error)\n",
-        f"{KEEPER}::test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on", (40,),
+        f"{KEEPER}::test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on", (39, 40),
     ),
     Mutant(
         "nobody waits for room", "loop.py", "        while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():\n", "        while False:\n",
@@ -344,6 +422,56 @@ MUTANTS = [
     Mutant(
         "retention is always due", "retention.py", "    if not found:\n        return None\n", "    if not found:\n        return now + 3600\n",
         f"{KEEPER}::test_a_database_without_writes_makes_no_request_and_has_nothing_due", (43,),
+    ),
+    Mutant(
+        "an outage ends the keeper", "keeper.py", "        except (ReplicatorError, OSError) as error:\n            self._failed(task.name, error)\n", "        except AccessDenied as error:\n            self._failed(task.name, error)\n",
+        f"{KEEPER}::test_an_outage_delays_the_keeper_and_nothing_is_lost", (28,),
+    ),
+    Mutant(
+        "what is there already is somebody else's", "replica.py", "            if not self._holds(file):\n                raise StorageError(", "            raise Fenced(self.url, file.max_txid) from None\n            if not self._holds(file):\n                raise StorageError(",
+        f"{STEPS}::test_storing_and_reading_over_the_network", (29,),
+    ),
+    Mutant(
+        "raw files are listed last", "chain.py", "    raw = one(0)\n    with", "    with", f"{RESTORE}::test_raw_files_are_listed_before_all_others", (32,),
+        (("chain.py", "        return {0: raw, **dict(zip(levels[1:], pool.map(one, levels[1:]), strict=True))}\n", "        return dict(zip(reversed(levels), pool.map(one, reversed(levels)), strict=True))\n"),),
+    ),
+    Mutant(
+        "an ignored range is not noticed", "storage/s3.py", "            if length == total:\n", "            if length < 0:\n", f"{S3}::test_a_range_is_exact_whatever_the_server_makes_of_it", (33,),
+        (("storage/s3.py", "            if length != wanted:\n", "            if length < 0:\n"),),
+    ),
+    Mutant(
+        "a database begins anew whatever the replica says", "member.py", "            except NoBackups:\n                log.info(\"nothing to restore", "            except Exception:\n                log.info(\"nothing to restore",
+        "tests/e2e/test_configured.py::test_a_missing_database_does_not_begin_anew_while_its_replica_is_unreachable", (35,),
+    ),
+    Mutant(
+        "a second create that succeeds is a kept condition", "storage/probe.py", "        else:\n            return Conditions(create=False, replace=False)\n", "        else:\n            pass\n",
+        f"{S3}::test_the_probe_tells_the_conditions_apart_and_cleans_up", (37,),
+    ),
+    Mutant(
+        "the outcome of a conflict is known", "storage/s3.py", "status in (408, 409, 425, 429)", "status in (408, 425, 429)",
+        "tests/e2e/test_hostile_s3.py::test_a_write_without_an_answer_is_of_unknown_outcome", (29,), (("storage/s3.py", '        "ConditionalRequestConflict",\n', ""),),
+    ),
+    Mutant(
+        "an image of ours whose reply was lost is not known again", "replica.py", "                self.record(info)\n                return True\n        return False\n", "                return False\n        return False\n",
+        f"{REPLICAS}::test_an_image_whose_reply_was_lost_is_stored_again_without_taking_it_for_somebody_elses", (29,),
+    ),
+    Mutant(
+        "a damaged file is merged again and again", "keeper.py", "            self._set_aside(task.inputs, error)\n", "", f"{KEEPER}::test_a_raw_file_that_was_cut_short_is_damage", (31,)
+    ),
+    Mutant(
+        "a body that ends early is whole", "storage/s3.py",
+        "        with self._translated():\n            piece: bytes = self._body.read(size)\n        if not piece:\n            raise StorageUnavailable(f\"connection ended before the object did: {self._name}\")\n",
+        "        piece = b\"\"\n        with contextlib.suppress(Exception):\n            piece = self._body.read(size)\n        if not piece:\n            self._rest = 0\n",
+        f"{S3}::test_a_body_that_ends_early_is_unavailable_and_not_short", (33,),
+        (("storage/s3.py", "            wanted -= len(piece)\n", "            wanted = wanted - len(piece) if piece else 0\n"),),
+    ),
+    Mutant(
+        "files that somebody else deleted are planned with", "keeper.py", "            self.replica.relist()  # somebody else deletes here, too\n", "",
+        f"{KEEPER}::test_files_that_somebody_else_deletes_do_not_stop_the_keeper", (34,),
+    ),
+    Mutant(
+        "retention lists what is known", "keeper.py", "        now, files = self._clock(), self.replica.listing()\n        self._not_before", "        self.replica.relist()\n        now, files = self._clock(), self.replica.listing()\n        self._not_before",
+        f"{KEEPER}::test_the_right_to_list_is_not_needed_after_the_start", (39,),
     ),
     # -- split brain and failover
     Mutant(
@@ -378,6 +506,21 @@ MUTANTS = [
     Mutant(
         "a replica of a newer version is written to", "replica.py", "    if version > LINEAGE_VERSION:\n", "    if False:\n",
         "tests/e2e/test_versions.py::test_a_replica_of_a_newer_version_is_left_alone", (50,),
+    ),
+    Mutant(
+        "any version of a file is read", "format/ltx.py", "    if magic != MAGIC:\n", "    if magic[:3] != MAGIC[:3]:\n", "tests/e2e/test_versions.py::test_an_ltx_file_of_another_version_is_refused_by_name", (50,),
+    ),
+    Mutant(
+        "any version of a page table is read", "pagetable.py", "    if fields[0] != MAGIC or zlib.crc32(data[: _SLOT.size - 4]) != fields[-1]:\n", "    if zlib.crc32(data[: _SLOT.size - 4]) != fields[-1]:\n",
+        "tests/e2e/test_versions.py::test_a_page_table_of_another_version_is_made_anew_from_the_replica", (50,),
+    ),
+    Mutant(
+        "any version of a parked state is read", "parking.py", '        if body["version"] != VERSION:\n', "        if False:\n",
+        "tests/e2e/test_versions.py::test_a_record_of_a_parked_database_of_another_version_counts_for_nothing", (50,),
+    ),
+    Mutant(
+        "an owner whose time is over acts", "lease.py", "        if term is not None and is_in_force(term, self._clock.now()):\n            return term.record.generation\n", "        if term is not None:\n            return term.record.generation\n",
+        f"{STEPS}::test_lease", (1, 46),
     ),
     # -- hostile inputs
     Mutant(
@@ -426,6 +569,10 @@ MUTANTS = [
         "tests/unit/test_yamltree.py::test_what_would_take_much_is_refused_soon tests/unit/test_fuzz_targets.py::test_a_bomb_of_aliases_is_refused_in_bounded_time_and_memory", (57,),
     ),
     Mutant(
+        "a redirect is asked about again and again", "storage/s3.py", '    api.meta.events.register("before-call.s3.HeadBucket", _do_not_follow)\n', "",
+        f"{S3}::test_a_redirect_never_takes_the_credentials_to_another_host", (58,),
+    ),
+    Mutant(
         "a redirect is followed", "storage/webdav.py", "                    redirect=False,\n", "                    redirect=True,\n",
         "tests/storage/test_other_stores.py::test_a_redirect_does_not_get_the_password", (58,), (("storage/webdav.py", "            redirect=0,\n", "            redirect=3,\n"),),
     ),
@@ -466,6 +613,50 @@ MUTANTS = [
     ),
     Mutant(
         "a hole in a WAL file is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_offsets_beyond_four_gibibytes_join", (64,)
+    ),
+    Mutant(
+        "a restore does not compare the checksum of a file", "format/ltx.py", "if got != trailer.file_checksum:", "if got < 0:", f"{RESTORE}::test_every_damaged_byte_of_every_file_is_found", (51,)
+    ),
+    Mutant(
+        "TXIDs may be the wrong way round", "format/ltx.py", "        if self.min_txid > self.max_txid:\n", "        if False:\n", f"{LTX}::test_a_header_that_means_nothing_is_refused", (52,)
+    ),
+    Mutant(
+        "an LZ4 frame comes out in one piece", "format/v3.py", "self._decompressor.decompress(data, self._piece_bytes)", "self._decompressor.decompress(data, -1)",
+        "tests/unit/test_v3_format.py::test_a_bomb_comes_out_in_bounded_pieces", (53,),
+    ),
+    Mutant(
+        "unknown keys are passed over", "configtable.py", "            if key not in known and not", "            if not key and not", "tests/unit/test_config.py::test_unknown_keys_are_refused_with_their_place", (57,)
+    ),
+    Mutant(
+        "settings of other stores show their secrets", "storage/locations.py", "    account_key: str | None = field(default=None, repr=False)\n", "    account_key: str | None = None\n",
+        "tests/unit/test_config.py::test_keys_of_other_stores", (59,),
+    ),
+    Mutant(
+        "what appears at the output is overwritten", "publish.py", "    replaces = force or (found is not None and found.st_size == 0)\n", "    replaces = True\n",
+        f"{RESTORE}::test_an_output_that_appears_meanwhile_is_not_overwritten", (61,),
+    ),
+    Mutant(
+        "the control socket is open to all", "server.py", "        os.chmod(path, permissions)  # before it listens, nobody can connect\n", "",
+        f"{SECURITY}::test_the_control_socket_is_private_before_anybody_can_connect", (61,),
+    ),
+    Mutant(
+        "encryption that was asked for is forgotten", "storage/__init__.py", "    encrypted = bool(settings.age_identities or settings.age_recipients)\n", "    encrypted = False\n",
+        "tests/unit/test_config.py::test_encryption_that_was_asked_for_never_becomes_plaintext", (62,),
+    ),
+    Mutant(
+        "a block says itself how large its page is", "format/ltx.py", "page = decompress(block, uncompressed_size=page_size)", "page = decompress(block, uncompressed_size=max(page_size, 1 << 25))",
+        "tests/unit/test_fuzz_targets.py::test_a_page_that_claims_to_be_huge_takes_no_memory", (53,), (("format/ltx.py", "if size > bound:", "if size < 0:"),),
+    ),
+    Mutant(
+        "a checksum of nothing is passed over", "format/ltx.py", "            if trailer.post_apply_checksum:\n                raise", "            if False:\n                raise",
+        f"{LTX}::test_a_post_apply_checksum_without_tracking_is_refused", (54,),
+    ),
+    Mutant(
+        "a missing segment of 0.3 is passed over", "replay.py", "        if info.offset > wal.offset:\n", "        if False:\n", f"{V3RESTORE}::test_a_missing_segment_is_named_and_nothing_is_left", (64,)
+    ),
+    Mutant(
+        "a decoder makes room for what the header says", "format/ltx.py", "        self._tracked = header.is_snapshot and not", "        self._room = bytearray(header.commit >> 6)\n        self._tracked = header.is_snapshot and not",
+        "tests/unit/test_fuzz_targets.py::test_a_header_of_four_billion_pages_takes_no_memory", (52,),
     ),
     # -- of the tests themselves
     Mutant(

@@ -25,7 +25,8 @@ Only calls count that are made, directly or through other modules, by code of th
 server is in trouble. `SHORT`: only writes fail, and no error comes: half of the bytes are written, and the number of these returned. `close()` always closes, and
 fails only for files that may be written: the others have nothing to lose. `KILLED`: the process kills itself (SIGKILL) instead of the step; for a child of the test.
 
-While no failure is being made nothing is replaced: the code under test pays nothing for it.
+While no failure is being made nothing is replaced, but for the class of the connections that are made between two rounds of `each_failure`, so that a connection
+which is older than a failure can fail, too: the code under test pays nothing for it.
 """
 
 from __future__ import annotations
@@ -268,19 +269,11 @@ class FailNth:
     def _replace_sqlite(self) -> None:
         real, failure = sqlite3.connect, self
 
-        class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-                if not failure._fails("execute", sql):
-                    return super().execute(sql, *arguments)
-                if failure.how is How.UNKNOWN:
-                    super().execute(sql, *arguments)
-                raise sqlite3.OperationalError("disk I/O error")
-
         def connect(*arguments: Any, **keywords: Any) -> sqlite3.Connection:
             if failure._fails("sqlite3.connect", arguments[0] if arguments else ""):
                 raise sqlite3.OperationalError("unable to open database file")
             if failure._is_ours():
-                keywords.setdefault("factory", Connection)
+                keywords.setdefault("factory", _Connection)
             found: sqlite3.Connection = real(*arguments, **keywords)
             return found
 
@@ -351,6 +344,34 @@ class _Raw(io.FileIO):
         return super().write(data)
 
 
+class _Connection(sqlite3.Connection):
+    """One whose statements are steps of the failure that is being made, if any; it may be older than that."""
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        failure = FailNth._active
+        if failure is None or Kind.SQLITE not in failure.kinds or failure.how is How.SHORT or not failure._fails("execute", sql):
+            return super().execute(sql, *arguments)
+        if failure.how is How.UNKNOWN:
+            super().execute(sql, *arguments)
+        raise sqlite3.OperationalError("disk I/O error")
+
+
+@contextlib.contextmanager
+def _connections_that_may_fail() -> Iterator[None]:
+    """Let all connections that are made during the block be of that kind: what an engine prepared before a failure is used during it."""
+    real = sqlite3.connect
+
+    def connect(*arguments: Any, **keywords: Any) -> sqlite3.Connection:
+        found: sqlite3.Connection = real(*arguments, **{"factory": _Connection, **keywords})
+        return found
+
+    sqlite3.connect = connect  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sqlite3.connect = real
+
+
 def each_failure(
     *,
     ever: bool = False,
@@ -369,13 +390,14 @@ def each_failure(
     Raises:
         RuntimeError: a failure was not entered, or there are more steps than `limit`.
     """
-    for n in range(limit):
-        failure = FailNth(n, ever=ever, how=how, kinds=kinds, packages=packages, jump_s=jump_s)
-        yield failure
-        if not failure.entered:
-            raise RuntimeError("a failure must be entered: `with failure: ...`")
-        if not failure.failed:
-            return
+    with _connections_that_may_fail():
+        for n in range(limit):
+            failure = FailNth(n, ever=ever, how=how, kinds=kinds, packages=packages, jump_s=jump_s)
+            yield failure
+            if not failure.entered:
+                raise RuntimeError("a failure must be entered: `with failure: ...`")
+            if not failure.failed:
+                return
     raise RuntimeError(f"no end after {limit} steps")
 
 

@@ -229,6 +229,60 @@ def test_a_writer_is_let_go_when_its_rollback_fails(tmp_path: Path) -> None:
     application.close()
 
 
+@pytest.mark.fault("F26")
+def test_a_write_lock_that_was_taken_and_reported_as_failed_is_let_go(tmp_path: Path) -> None:
+    class Begun(RaisesOnce):
+        @property
+        def in_transaction(self) -> bool:
+            return self.connection.in_transaction
+
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            found = self.connection.execute(sql)
+            if sql == "BEGIN IMMEDIATE" and not self.failed:
+                self.failed = True
+                raise sqlite3.OperationalError("disk I/O error")
+            return found
+
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    subject = engine_for(database, client)
+    subject.open()
+    insert(application, 5)
+    drain(subject)
+    subject._database._writer = Begun(subject._database._writer)  # type: ignore[assignment]
+    assert not subject.checkpoint()
+    application.execute("PRAGMA busy_timeout=0")
+    application.execute("INSERT INTO t(v) VALUES('not locked')")
+    drain(subject)
+    assert subject.checkpoint()
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+def test_checkpoints_of_others_after_one_of_ours_lose_nothing(tmp_path: Path, mode: str) -> None:
+    """The next writer restarts the WAL once, and may: all of it is copied. It must not be restarted again before it is read."""
+    database, client = tmp_path / "a.db", MemoryClient()
+    application, other = connect(database, autocheckpoint=0), connect(database, autocheckpoint=0)
+    insert(application, 60, size=3000)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    assert subject.checkpoint()
+    other.execute("PRAGMA busy_timeout=0")
+    for number in (1, 20, 40):  # pages of their own
+        application.execute("UPDATE t SET v = randomblob(3000) WHERE id = ?", (number,))
+        other.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+    application.execute("UPDATE t SET v = randomblob(3000) WHERE id = 60")
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    for connection in (application, other):
+        connection.close()
+
+
 @pytest.mark.fault("F14")
 def test_a_long_reader_holds_up_neither_a_checkpoint_nor_a_writer(tmp_path: Path) -> None:
     """What the reader needs stays in the WAL, and the next checkpoint after it takes all."""

@@ -306,7 +306,6 @@ def test_no_more_threads(worlds: Worlds, ever: bool) -> None:
     assert failure.steps >= 3
 
 
-@pytest.mark.fault("F27")
 @pytest.mark.parametrize("jump_s", [-86400.0, 86400.0], ids=["back", "forward"])
 @pytest.mark.parametrize("ever", [False, True], ids=["once", "from then on"])
 def test_a_clock_that_jumps(worlds: Worlds, ever: bool, jump_s: float) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 
 import replicator
-from replicator import parking
+from replicator import pagetable, parking
 from replicator.engine import Engine
 from replicator.errors import CorruptReplica, FormatError, StorageError
 from replicator.storage.file import FileClient
@@ -64,9 +66,14 @@ def test_a_replica_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 def test_a_page_table_of_another_version_is_made_anew_from_the_replica(tmp_path: Path) -> None:
     database, client = replicated(tmp_path)
     [path] = tmp_path.rglob("pages")
-    data = path.read_bytes()
-    assert data.count(b"PYREPLT1") == 2
-    path.write_bytes(data.replace(b"PYREPLT1", b"PYREPLT2"))
+    data = bytearray(path.read_bytes())
+    for at in (0, pagetable.SLOT_SIZE):  # sound ones, but for the version
+        assert data[at : at + 8] == b"PYREPLT1"
+        end = at + pagetable._SLOT.size - 4
+        data[at : at + 8] = b"PYREPLT2"
+        data[end : end + 4] = struct.pack("<I", zlib.crc32(data[at:end]))
+    path.write_bytes(data)
+    assert pagetable.PageTable.open(path) is None
     application = connect(database)
     insert(application, 1)
     goes_on(engine_for(database, client), database, client, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from replicator.replica import Replica
 from replicator.testing import CrashRecoveryMachine
 
+NOTICED = r"acknowledged|restored|non-contiguous|has a gap|another writer|no matching"
 SETTINGS = settings(max_examples=12, stateful_step_count=12, deadline=None)
 
 
@@ -48,7 +50,9 @@ def test_an_acknowledgement_before_it_is_stored_is_noticed(monkeypatch: pytest.M
         return store(self, files if txid % 3 else [], txid, **options)
 
     monkeypatch.setattr(Replica, "store", boasting)
-    with pytest.raises(Exception, match=r"acknowledged|restored|non-contiguous|has a gap|another writer|no matching|unreliable"):
+    with pytest.raises(Exception, match=NOTICED + "|Inconsistent results") as caught:
         run_state_machine_as_test(
             Bank, settings=settings(SETTINGS, max_examples=30, database=None, report_multiple_bugs=False, phases=[Phase.generate])
         )
+    # Hypothesis runs again what has failed. When the threads come in another order it may pass then; what was noticed first is in the group.
+    assert [error for error in (caught.value, *getattr(caught.value, "exceptions", ())) if re.search(NOTICED, str(error))]

@@ -653,6 +653,8 @@ SECRETS = "type: s3, bucket: bkt, access-key-id: AKxxHIDDEN, secret-access-key: 
 def test_keys_of_other_stores(keys: str, settings: StoreSettings) -> None:
     found = replica(keys)
     assert (found.store, found.kind, found.url, found.s3) == (settings, settings.kind, settings.url, None)
+    for secret in ("account_key", "sas_token", "access_key_id", "secret_access_key", "password"):
+        assert f"{secret}=" not in f"{found!r} {settings!r}"
     assert warnings(with_replica(keys)) == ([] if "SAS" not in keys else [f"line 1, column 29: dbs[0].replica: {BOTH}"])
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from replicator import atomic
+from replicator.db import Database
 from replicator.testing import FailNth, How, Kind, each_failure
 
 
@@ -87,6 +88,20 @@ def test_how_a_write_fails(tmp_path: Path, how: How, size: int) -> None:
         atomic.write_all(file, bytes(3000))
     assert os.fstat(file).st_size == (3000 if how is How.SHORT else size)
     os.close(file)
+
+
+def test_a_connection_that_is_older_than_the_failure_fails_too(tmp_path: Path) -> None:
+    connect, seen = sqlite3.connect, []
+    connect(tmp_path / "a.db").close()
+    for failure in each_failure(kinds={Kind.SQLITE}):
+        database = Database(tmp_path / "a.db")
+        database.open()
+        with failure, contextlib.suppress(sqlite3.OperationalError):
+            database.frames_in_index()
+        seen += failure.failed
+        database.close()
+    assert seen == ["execute PRAGMA wal_checkpoint(PASSIVE)"]
+    assert sqlite3.connect is connect
 
 
 def test_only_the_packages_under_test_count(tmp_path: Path) -> None:

@@ -238,6 +238,8 @@ def test_files_that_somebody_else_deletes_do_not_stop_the_keeper(tmp_path: Path)
         simulation.advance(20)
     simulation.advance(2 * DAY)
     assert simulation.restored(tmp_path / "r.db") == (simulation.states[200][1], 200)
+    assert simulation.keeper.problems == {}
+    assert simulation.keeper.counts.unsound == 1
 
 
 @pytest.mark.fault("F28")

@@ -128,7 +128,6 @@ def test_no_connection_of_the_engine_trusts_a_schema(tmp_path: Path, monkeypatch
     application.close()
 
 
-@pytest.mark.fault("F60")
 def test_a_view_with_a_function_that_acts_does_not_run_in_the_check(tmp_path: Path) -> None:
     path = tmp_path / "evil.db"
     connection = sqlite3.connect(path)
