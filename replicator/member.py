@@ -516,7 +516,7 @@ class Member:
         """Say whether the files of a parked database look as they did: three `stat` calls, from any thread."""
         rest, record, now = self._rest, self._record, datetime.now(UTC)  # in this order: the one becomes the other
         known = record.sight if record is not None else rest.after.packed() if rest is not None else b""
-        if known != parked.look(self.path).packed():
+        if known != parked.glance(self.path):
             return False
         if record is not None:  # it proves that nothing has changed; without one that will be seen later
             self._synced_at = now

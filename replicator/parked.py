@@ -14,10 +14,10 @@ from pathlib import Path
 from replicator.atomic import write_file
 from replicator.errors import FormatError
 from replicator.format.wal import FRAME_HEADER_SIZE, WAL_HEADER_SIZE, decode_frame_header, decode_wal_header, frame_size
-from replicator.parking import FileMark, Parked, Sight, WALEnd, decode, encode
+from replicator.parking import Fields, FileMark, Parked, Sight, WALEnd, decode, encode, packed
 from replicator.tail import WALPosition
 
-__all__ = ["boot_id", "forget", "look", "read_record", "wal_end", "write_record"]
+__all__ = ["boot_id", "forget", "glance", "look", "read_record", "wal_end", "write_record"]
 
 MAX_RECORD = 1 << 16
 _NAME = "parked.json"
@@ -29,14 +29,25 @@ def look(path: Path) -> Sight:
     return Sight(_mark(name), _mark(name + "-wal"), os.path.lexists(name + "-journal"))
 
 
+def glance(path: Path) -> bytes:
+    """Return what `look` does, packed."""
+    name = os.fspath(path)
+    return packed(_fields(name), _fields(name + "-wal"), has_journal=os.path.lexists(name + "-journal"))
+
+
 def _mark(name: str) -> FileMark | None:
+    found = _fields(name)
+    return FileMark(*found[1:]) if found is not None else None
+
+
+def _fields(name: str) -> Fields | None:
     try:
         found = os.stat(name)
     except OSError:
         return None
     if not stat.S_ISREG(found.st_mode):
         return None
-    return FileMark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return True, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def wal_end(path: Path, position: WALPosition, page_size: int) -> WALEnd:

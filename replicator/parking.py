@@ -32,7 +32,7 @@ from replicator.format.ltx import TXID
 from replicator.format.wal import WAL_HEADER_SIZE, FrameHeader, WALHeader
 from replicator.tail import WALPosition
 
-__all__ = ["RACY_NS", "FileMark", "Kept", "Parked", "Sight", "WALEnd", "changed", "decode", "encode", "is_settled", "wal_moved"]
+__all__ = ["RACY_NS", "FileMark", "Kept", "Parked", "Sight", "WALEnd", "changed", "decode", "encode", "is_settled", "packed", "wal_moved"]
 
 RACY_NS = 2_000_000_000
 """The coarsest times of a file system that SQLite's locks work on: those of FAT, two seconds."""
@@ -40,6 +40,9 @@ RACY_NS = 2_000_000_000
 VERSION = 1
 _SIGHT = struct.Struct("<?3Q2q?3Q2q?")
 _NONE = (False, 0, 0, 0, 0, 0)
+
+Fields = tuple[bool, int, int, int, int, int]
+"""Whether a file is there, and what a `FileMark` says of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,13 @@ class Sight:
 
     def packed(self) -> bytes:
         """Return all of it in a tenth of the memory, for comparing."""
-        database, wal = ((True, m.device, m.inode, m.size, m.mtime_ns, m.ctime_ns) if m else _NONE for m in (self.database, self.wal))
-        return _SIGHT.pack(*database, *wal, self.has_journal)
+        database, wal = ((True, m.device, m.inode, m.size, m.mtime_ns, m.ctime_ns) if m else None for m in (self.database, self.wal))
+        return packed(database, wal, has_journal=self.has_journal)
+
+
+def packed(database: Fields | None, wal: Fields | None, *, has_journal: bool) -> bytes:
+    """Return a packed `Sight` without making one, for those who look at ten thousand a minute."""
+    return _SIGHT.pack(*(database or _NONE), *(wal or _NONE), has_journal)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ GRACE_S = 5.0
 SWEEP_S = 60.0
 POLL_S = 1.0
 POLLS_PER_S = 2000
-SLICE_S = 0.5
+SLICE_S, LONG_SLICE_S = 0.5, 2.0
 ASK_AGAIN_S = 0.5
 TRIM_FROM = 100
 TRIM_EVERY_S = 30.0
@@ -77,7 +77,7 @@ class Store:
         self._make_room_at = math.inf
         self._trim_at = 0.0
         self._sweeping: Iterator[Member] = iter(())
-        self._slice = 1
+        self._slice, self._slice_s = 1, SLICE_S
         self._is_sweeping = False
         for member in members:
             self._take(member)
@@ -177,7 +177,7 @@ class Store:
                     self._pool.submit(lambda member=member: self._work(member))  # type: ignore[misc]
                     room -= 1
                 if now >= next_sweep:
-                    next_sweep = now + SLICE_S
+                    next_sweep = now + self._slice_s
                     if not self._is_sweeping and self._limits.park_after_s is not None:
                         self._is_sweeping = True
                         self._pool.submit(self._sweep)
@@ -303,7 +303,8 @@ class Store:
         members = self.members()
         polled = sum(member.is_parked and not member.is_watched for member in members)
         period = max(POLL_S, polled / POLLS_PER_S) if polled else SWEEP_S
-        self._sweeping, self._slice = iter(members), max(1, math.ceil(len(members) * SLICE_S / period))
+        self._slice_s = SLICE_S if polled else LONG_SLICE_S
+        self._sweeping, self._slice = iter(members), max(1, math.ceil(len(members) * self._slice_s / period))
 
     def _give_memory_back(self) -> None:
         """Once in a while: after many were open, and after somebody asked for the metrics of all, much of it is free."""

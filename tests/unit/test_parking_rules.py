@@ -50,6 +50,33 @@ def test_any_difference_of_the_file_counts(field: str) -> None:
     assert "WAL" in changed(RECORD, Sight(MARK, other), NOTHING, boot="boot")
 
 
+def test_a_glance_sees_what_a_look_sees(tmp_path: Path) -> None:
+    """A glance is what tells a minute later that nothing has changed: any difference must be in it."""
+    path, seen = tmp_path / "a.db", set[bytes]()
+
+    def glance() -> None:
+        found = parked.glance(path)
+        assert found == parked.look(path).packed()
+        assert found not in seen
+        seen.add(found)
+
+    glance()
+    for name in ("a.db", "a.db-wal", "a.db-journal"):
+        (tmp_path / name).touch()
+        glance()
+    for name in ("a.db", "a.db-wal"):
+        (tmp_path / name).write_bytes(b"x")
+        glance()
+        os.utime(tmp_path / name, ns=(0, -5))
+        glance()
+        os.replace(shutil.copy(tmp_path / name, tmp_path / "copy"), tmp_path / name)
+        glance()
+    (tmp_path / "a.db-wal").unlink()
+    glance()
+    (tmp_path / "a.db-wal").mkdir()
+    assert parked.glance(path) in seen  # as if there were none
+
+
 def test_a_journal_or_a_missing_file_count() -> None:
     assert "journal" in changed(RECORD, Sight(MARK, None, True), NOTHING, boot="boot")
     assert "not there" in changed(RECORD, Sight(None, None), NOTHING, boot="boot")

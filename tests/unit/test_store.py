@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from replicator.api import Status
+from replicator.api import Disturbed, Status
 from replicator.errors import DatabaseStateError, LineageMismatch, ReplicatorError, StorageUnavailable, WaitTimeout
 from replicator.format.ltx import TXID
-from replicator.store import Member, Prepared, Store, stop_all
+from replicator.store import Limits, Member, Prepared, Store, stop_all
 
 
 class Fake:
@@ -36,7 +37,7 @@ class Fake:
     def status(self) -> Status:
         return Status(self.path, self.state, TXID(7), 0, 0, 0.0, None, ())  # type: ignore[arg-type]
 
-    def close(self, timeout_s: float, *, retry_interval_s: float) -> None:
+    def close(self, timeout_s: float, *, retry_interval_s: float = 0.5) -> None:
         self.state = "stopped"
         if self.close_error is not None:
             raise self.close_error
@@ -141,7 +142,7 @@ def test_what_was_not_stored_is_returned_and_logged(caplog: pytest.LogCaptureFix
 
 
 def test_stopping_is_bounded_when_a_start_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replicator.store.GRACE_S", 0.1)
+    monkeypatch.setattr("replicator.store.GRACE_S", 2.0)
     hanging, (stuck,) = member("hanging")
     stuck.hangs = threading.Event()
     store = Store([hanging])
@@ -177,4 +178,47 @@ def test_exchange_stops_before_it_starts() -> None:
     assert old.state == "stopped"
     until(store, new, "replicating")
     assert store.members() == [new]
+    store.close(1)
+
+
+class Quiet(Fake):
+    """One that nobody writes to. It leaves when it is asked, and comes again at once; or cannot leave, because its replica does not answer."""
+
+    def __init__(self, path: Path, *, idle_s: float, can_leave: bool) -> None:
+        super().__init__(path)
+        self._idle_s, self._can_leave = idle_s, can_leave
+
+    def idle_s(self) -> float:
+        return self._idle_s
+
+    def size_bytes(self) -> int:
+        return 0
+
+    def rest(self, *, quiet_s: float) -> None:
+        if self._can_leave:
+            raise Disturbed("somebody came")
+
+
+def test_those_that_cannot_leave_do_not_keep_the_others_from_taking_turns(tmp_path: Path) -> None:
+    """Six of eight places are held by databases that are the first choice each time, and stay."""
+    begun: Counter[int] = Counter()
+
+    def quiet(number: int) -> Member:
+        path, stays = tmp_path / f"{number}.db", number < 6
+
+        def prepare() -> Prepared:
+            begun[number] += 1
+            return Prepared(Quiet(path, idle_s=1000 if stays else 10, can_leave=not stays), [])  # type: ignore[arg-type]
+
+        return Member(path, prepare, folder=tmp_path / f".{number}", checked=True)
+
+    store = Store([quiet(number) for number in range(12)], limits=Limits(park_after_s=1000, hot=8))
+    store.start()
+    end = time.monotonic() + 20
+    while not all(begun[number] >= (1 if number < 6 else 2) for number in range(12)):
+        assert time.monotonic() < end, begun
+        assert sum(member.is_hot for member in store.members()) <= 8
+        store.wait_until_tried(0.01)
+        time.sleep(0.001)
+    assert all(begun[number] == 1 for number in range(6))
     store.close(1)
