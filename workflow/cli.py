@@ -12,11 +12,11 @@ import contextlib
 import importlib
 import json
 import logging
+import select
 import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from replicator.durations import parse_duration
+from replicator.signalpipe import SignalPipe
 from workflow import journal
 from workflow.client import Client, FolderDesk
 from workflow.engine import Engine
@@ -249,16 +250,19 @@ def _fleet(place: Place, flags: dict[str, str], _: list[str]) -> int:
         console.print(table(look(url)))
         return 0
     poll_s = max(0.05, _seconds(flags, "poll", 2.0))
-    with contextlib.suppress(KeyboardInterrupt):
-        if not console.is_terminal:  # where nothing can be drawn over
-            while True:
-                console.print(table(look(url)))
-                time.sleep(poll_s)
-        with Live(table(look(url)), console=console, screen=True, auto_refresh=False) as live:
-            while True:
-                time.sleep(poll_s)
-                live.update(table(look(url)), refresh=True)
-    return 0
+    signals = SignalPipe()
+    signals.take((signal.SIGINT, signal.SIGTERM))
+    # Where nothing can be drawn over, one table follows the other.
+    screen = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else None
+    with screen or contextlib.nullcontext():
+        while True:
+            shown = table(look(url))
+            if screen is not None:
+                screen.update(shown, refresh=True)
+            else:
+                console.print(shown)
+            if select.select([signals], [], [], poll_s)[0]:
+                return 128 + signal.SIGTERM if signal.SIGTERM in signals.wait() else 0
 
 
 def _host(place: Place, flags: dict[str, str], _: list[str]) -> int:
