@@ -62,7 +62,12 @@ class V3Uploader(Uploader):
         assert isinstance(self._engine, V3Engine)
         self._engine.begin_generation(f"{self._replica.url} lacks files")
         self._asked_at = self._board.given_out
-        self._board.ask(time.monotonic() + ASK_TIMEOUT_S, lambda: self._board.error or "the engine is busy")
+        # The engine goes on when somebody has its first entry, which may be this thread, where nothing more can be staged.
+        self._board.ask(
+            time.monotonic() + ASK_TIMEOUT_S,
+            lambda: self._board.error or "the engine is busy",
+            enough=lambda: self._board.next_for(self._replica) is not None,
+        )
 
 
 def copy_generation(source: V3Replica, target: V3Replica, scratch: Staging) -> None:

@@ -317,6 +317,30 @@ def test_a_generation_begins_while_the_engine_waits_for_the_replica_that_needs_i
     application.close()
 
 
+def test_a_replica_takes_the_generation_that_it_asked_for_where_nothing_can_be_staged(
+    tmp_path: Path, database: Path, two: tuple[Away, Away], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine waits until somebody has the generation's first entry, and the only one that could have it waits for the engine's answer."""
+    application = connect(database)
+    with writer(database, *two) as engine:
+        insert(application, 5)
+        engine.wait(timeout_s=TIMEOUT_S)
+        two[0].down = True
+        insert(application, 5)
+        engine.wait(replicas="any", timeout_s=TIMEOUT_S)
+        with engine._board.changed:
+            engine._board._outbox.clear()  # as when they became many
+        engine._board.retry_s = 0.05
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._engine, "stage", lambda entry: None)  # the folder is full
+            two[1].down, two[0].down = True, False
+            until(lambda: len(generations(two[0].url)) == 2)
+        two[1].down = False
+        engine.wait(timeout_s=TIMEOUT_S)
+    assert both_are_exact(database, two, tmp_path)
+    application.close()
+
+
 @pytest.mark.parametrize("away_at_start", [False, True])
 def test_a_new_replica_is_filled_from_the_other(tmp_path: Path, database: Path, two: tuple[Away, Away], away_at_start: bool) -> None:
     application = connect(database)
