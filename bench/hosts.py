@@ -220,8 +220,12 @@ async def run(options: argparse.Namespace, folder: Path, url: str) -> int:
                         chaos.stop(victim, rng.uniform(0.5, 3.0) * options.ttl)
             if int(time.time()) % 5 == 0:
                 done = len({item.name for shard in range(64) for item in _listed(client, shard)})
-        rows = await client.runs()
-        statuses = Counter((row.id, row.status) for row in rows)
+        while True:  # indexes follow the marks: at their own pace, or when the last dead host has heirs
+            statuses = Counter((row.id, row.status) for row in await client.runs())
+            if all(statuses[id, "done"] == 1 for id in ids) or time.time() > end + options.grace:
+                break
+            await asyncio.sleep(1.0)
+            chaos.tend()
         results = Counter([await asyncio.wait_for(item.result(), 60) for item in runs]) if done == len(ids) else Counter()
     finally:
         chaos.end()
