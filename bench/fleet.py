@@ -117,7 +117,7 @@ def measure(name: str, folder: Path, count: int, written: int, seconds: int) -> 
             process = Process([*command, "replicate", "-config", str(config)], folder / "log", environ)
             took = process.until(lambda: is_ready(address), 600)
             print(f"  start, all watched: {took:.1f} s, {process.cpu_s():.1f} s CPU, {process.facts()}", flush=True)
-        settle(process)
+        settle(process.cpu_s)
         if ours:
             print(f"  {parked(address)} of them are parked after {time.monotonic() - process.began:.0f} s", flush=True)
         requests = operations(address)
@@ -190,12 +190,12 @@ def operations(address: str) -> int:
     return int(sum(float(line.split()[-1]) for line in scrape(address) if line.startswith("litestream_replica_operation_total{")))
 
 
-def settle(process: Process) -> None:
-    """Wait until it has nothing left to do: at most a minute."""
+def settle(cpu_s: Callable[[], float]) -> None:
+    """Wait until a process, of which this tells the CPU seconds, has nothing left to do: at most a minute."""
     for _ in range(12):
-        before = process.cpu_s()
+        before = cpu_s()
         time.sleep(5)
-        if process.cpu_s() - before < 0.15:
+        if cpu_s() - before < 0.15:
             return
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.engines import OURS, PEER, Engine
-from bench.fleet import create, parked, stored, write
+from bench.fleet import create, is_ready, parked, settle, stored, write
 from bench.processes import Meter, stop
 from bench.row import Aim, Figures, Row
 
@@ -26,11 +26,11 @@ class Daemon:
     """A running engine over the databases below `folder/d`, with replicas below `folder/r`."""
 
     def __init__(self, engine: Engine, folder: Path, count: int) -> None:
-        self.folder, self._ours, self._count = folder, engine is OURS, count
+        self.folder, self._count = folder, count
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
             self._address = f"127.0.0.1:{server.getsockname()[1]}"
         # At rest nothing is due of a fleet's history: files are merged once a day here. Ours parks what was quiet for two seconds, not thirty.
-        own = "pyrepl: {park-after: 2s}\n" if self._ours else ""
+        own = "pyrepl: {park-after: 2s}\n" if engine is OURS else ""
         (folder / "c.yml").write_text(
             f"addr: '{self._address}'\n{own}levels: [{{interval: 24h}}]\n"
             f"dbs:\n - dir: {folder}/d\n   pattern: '*.db'\n   recursive: true\n   watch: true\n   replica: {{path: {folder}/r}}\n"
@@ -47,15 +47,13 @@ class Daemon:
         """Wait until each database is watched, and closed; returns the seconds since the start of the process."""
         return self._until(lambda: parked(self._address) == self._count)
 
+    def until_ready(self) -> float:
+        """Wait until each is parked, or being replicated. (A question for all metrics would cost what is measured here.)"""
+        return self._until(lambda: is_ready(self._address))
+
     def settle(self) -> None:
         """Wait until nothing is left to do: at most a minute."""
-        if self._ours:
-            self.until_parked()
-        for _ in range(12):
-            before = self.meter.cpu_s
-            time.sleep(5)
-            if self.meter.cpu_s - before < 0.15:
-                return
+        settle(lambda: self.meter.cpu_s)
 
     def at_rest(self) -> Figures:
         before, began = self.meter.cpu_s, time.monotonic()
@@ -150,7 +148,7 @@ class TenThousand(Fleet):
 
     def measure(self, engine: Engine) -> Figures:
         with contextlib.closing(Daemon(engine, self.folder, self.count)) as daemon:
-            start = daemon.until_parked()
+            start = daemon.until_ready()
             daemon.settle()
             return {"start s": start, **daemon.at_rest()}
 
