@@ -198,10 +198,13 @@ class BucketDesk:
         return await asyncio.to_thread(self._records, id)
 
     def _records(self, id: str) -> list[Record]:
-        path = self.copies.fetch(check_id(id, longest=200))
-        if path is None and (found := self._in_hosts(id)) is not None and found.status == "queued":
-            return []
-        return journal.read(path or self.path(id)).records
+        try:
+            path = self.path(id)
+        except Unreadable:
+            if (found := self._in_hosts(id)) is not None and found.status == "queued":
+                return []
+            raise
+        return journal.read(path).records
 
     def path(self, id: str) -> Path:
         """Return a copy of a run's newest state; blocks. Raises `Unreadable`: the replica has none."""

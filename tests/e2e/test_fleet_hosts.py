@@ -55,19 +55,24 @@ async def until(holds: Any, timeout_s: float = 20.0) -> None:
             await asyncio.sleep(0.02)
 
 
+async def start_and_park(engine: Engine, ids: list[str]) -> None:
+    """Start runs, and let them wait for their answers."""
+    for id in ids:
+        await engine.start(asks, id, id=id)
+
+    async def are_parked() -> bool:
+        return engine.parked == len(ids)
+
+    await until(are_parked)
+
+
 def test_the_runs_of_a_host_that_died_are_divided_among_the_others_and_end_once(tmp_path: Path) -> None:
     ids = [f"it-{number}" for number in range(12)]
 
     async def run() -> None:
         a = await host(tmp_path, "a").__aenter__()
         async with host(tmp_path, "b") as b, host(tmp_path, "c") as c:
-            for id in ids:
-                await a.start(asks, id, id=id)
-
-            async def all_wait() -> bool:
-                return a.parked == len(ids)
-
-            await until(all_wait)
+            await start_and_park(a, ids)
             await a.start(asks, "queued", id="queued", durability="replicated")
             await a.crash()
 
@@ -361,13 +366,7 @@ def test_a_takeover_that_breaks_off_is_done_again(tmp_path: Path, monkeypatch: p
     async def run() -> None:
         a = await host(tmp_path, "a").__aenter__()
         async with host(tmp_path, "b") as b, host(tmp_path, "c") as c:
-            for id in ids:
-                await a.start(asks, id, id=id)
-
-            async def all_wait() -> bool:
-                return a.parked == len(ids)
-
-            await until(all_wait)
+            await start_and_park(a, ids)
             await a.crash()
 
             async def all_moved() -> bool:

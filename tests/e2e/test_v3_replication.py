@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -291,20 +292,25 @@ def test_a_replica_that_was_away_gets_what_it_lacks(tmp_path: Path, database: Pa
     application.close()
 
 
+def leave_behind(engine: Replicator, application: sqlite3.Connection, two: tuple[Away, Away]) -> None:
+    """Let the first replica be away, and what it lacks be gone but for the other one."""
+    insert(application, 5)
+    engine.wait(timeout_s=TIMEOUT_S)
+    two[0].down = True
+    insert(application, 5)
+    engine.wait(replicas="any", timeout_s=TIMEOUT_S)
+    with engine._board.changed:
+        engine._board._outbox.clear()  # as when they became many
+    engine._board.retry_s = 0.05
+
+
 def test_a_generation_begins_while_the_engine_waits_for_the_replica_that_needs_it(
     tmp_path: Path, database: Path, two: tuple[Away, Away]
 ) -> None:
     """One was away and its entries are gone; the other one dies, and the staging folder is full: the first comes back."""
     application = connect(database)
     with writer(database, *two, staging_limit_bytes=100_000) as engine:
-        insert(application, 5)
-        engine.wait(timeout_s=TIMEOUT_S)
-        two[0].down = True
-        insert(application, 5)
-        engine.wait(replicas="any", timeout_s=TIMEOUT_S)
-        with engine._board.changed:
-            engine._board._outbox.clear()  # as when they became many
-        engine._board.retry_s = 0.05
+        leave_behind(engine, application, two)
         two[1].down = True
         until(lambda: insert(application, 20, size=3000) or engine._engine.staging_is_full())
         until(lambda: "staging folder is full" in (engine.status().error or ""))
@@ -323,14 +329,7 @@ def test_a_replica_takes_the_generation_that_it_asked_for_where_nothing_can_be_s
     """The engine waits until somebody has the generation's first entry, and the only one that could have it waits for the engine's answer."""
     application = connect(database)
     with writer(database, *two) as engine:
-        insert(application, 5)
-        engine.wait(timeout_s=TIMEOUT_S)
-        two[0].down = True
-        insert(application, 5)
-        engine.wait(replicas="any", timeout_s=TIMEOUT_S)
-        with engine._board.changed:
-            engine._board._outbox.clear()  # as when they became many
-        engine._board.retry_s = 0.05
+        leave_behind(engine, application, two)
         with monkeypatch.context() as patch:
             patch.setattr(engine._engine, "stage", lambda entry: None)  # the folder is full
             two[1].down, two[0].down = True, False
