@@ -29,11 +29,16 @@ class Forks(Running):
     """Makes them."""
 
     async def _fork(self, request: Request) -> None:
+        """Make a fork, once: a request may be found by several at a start (intake, inbox, other processes), and all of them wait for the one copy."""
         body = loads(request.body)
         new = check_id(str(body["id"]))
-        if await self._known(new) is not None:
-            await self._intake.do(functools.partial(ik.done, request=request.id))
-            return
+        async with self._forking:
+            if await self._known(new) is None:
+                await self._make_fork(request, new, str(body["step"]))
+            else:
+                await self._intake.do(functools.partial(ik.done, request=request.id))
+
+    async def _make_fork(self, request: Request, new: str, step: str) -> None:
         found = await self._known(request.instance)
         active = self._active.get(request.instance)
         if active is not None and active.is_leaving and active.task is not None:
@@ -45,7 +50,7 @@ class Forks(Running):
         temporary = self.folder / f".{new}.fork.tmp"
         lane = self._lanes.next()
         try:
-            instance = await lane.submit(self._copy, request.instance, temporary, str(body["step"]), new)
+            instance = await lane.submit(self._copy, request.instance, temporary, step, new)
             await asyncio.to_thread(self._copy_objects, request.instance, temporary, new)
             await lane.submit(jr.publish, temporary, self._path(new))
         finally:

@@ -116,6 +116,7 @@ class Places:
         self._reserved = 0
         self._pending = 0
         self._claiming = False
+        self._forking = asyncio.Lock()
         self._is_open = self._is_closing = False
         self._helpers: set[asyncio.Task[Any]] = set()
 

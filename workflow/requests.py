@@ -9,6 +9,7 @@ import logging
 import sqlite3
 from typing import Any
 
+from replicator import ReplicatorError
 from workflow import intake as ik
 from workflow import journal as jr
 from workflow.context import Flow, flows
@@ -26,6 +27,9 @@ __all__ = ["Requests"]
 log = logging.getLogger(__name__)
 
 MAX_PRIORITY = 1 << 31
+
+RETRY_S = 5.0
+"""How long a request that could not be taken to its run, as a disk or a store failed, waits before it is tried again."""
 
 
 class Requests(Forks):
@@ -107,7 +111,7 @@ class Requests(Forks):
                 raise Refused(request.instance, reason)
 
     async def _dispatch(self, request: Request) -> None:
-        """Take a request to where it belongs, or refuse it. It stays in the intake until it is there."""
+        """Take a request to where it belongs, or refuse it. It stays in the intake until it is there; where a disk or a store fails, it is tried again."""
         self._pending += 1
         try:
             if request.kind == "start":
@@ -118,8 +122,16 @@ class Requests(Forks):
                 await self._for_instance(request)
         except (WorkflowError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             await self._refuse(request, str(error))
+        except (sqlite3.Error, OSError, ReplicatorError) as error:
+            self._check_open()
+            log.error("request waits id=%s kind=%s request=%s error=%r", request.instance, request.kind, request.id, str(error))
+            self.timers.at(self._clock.monotonic() + RETRY_S, functools.partial(self._again, request))
         finally:
             self._pending -= 1
+
+    def _again(self, request: Request) -> None:
+        if self._is_open and not self._is_closing and self._lost is None:
+            self._help(self._dispatch(request))
 
     async def _for_instance(self, request: Request, tries: int = 10) -> None:
         found = await self._known(request.instance)

@@ -80,4 +80,5 @@ def replicating03(config: Path) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.terminate()
             # Stopped amid a request it ends with 1. What counts is what it has stored, which its own commands are asked about.
-            assert process.wait(30) in (0, 1)
+            code = process.wait(30)
+            assert code in (0, 1), f"{code}: {(config.parent / 'litestream03.log').read_text()[-2000:]}"

@@ -928,6 +928,37 @@ async def test_a_fork_goes_on_from_the_first_call_of_a_step(engine: Engine) -> N
         await (await run.fork(step="nonsense")).result()
 
 
+@engine_test
+async def test_a_fork_that_several_find_at_once_is_made_once(engine: Engine) -> None:
+    run = await engine.start(forkable, id="origin")
+    await run.send("approval", "yes")
+    await run.result()
+    request = ik.Request("fork:twin", "origin", "fork", '{"id": "twin", "step": "measure"}', None, engine._now())
+    await engine._intake.do(lambda db: ik.add_request(db, request))
+    sample.take_ran()
+    await asyncio.gather(*(engine._dispatch(request) for _ in range(3)))
+    assert (await engine.run("twin").result())[:4] == [1, "yes", 10, 11]
+    assert [key.partition("/")[2] for key in sample.take_ran()] == ["measure#1"]
+    assert await engine._intake.do(ik.open_requests) == []
+
+
+@engine_test
+async def test_a_fork_that_a_full_disk_prevents_is_made_later(engine: Engine) -> None:
+    run = await engine.start(forkable, id="origin")
+    await run.send("approval", "yes")
+    await run.result()
+    copy, failures = engine._copy, [sqlite3.OperationalError("database or disk is full"), OSError(28, "No space left on device")]
+
+    def fails_twice(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return copy(*args)
+
+    engine._copy = fails_twice  # type: ignore[method-assign]
+    assert (await (await run.fork(step="measure", id="later")).result())[:4] == [1, "yes", 10, 11]
+    assert failures == []
+
+
 @flow
 async def forkable_with_tables() -> int:
     await sample.add(1, 1)
