@@ -17,8 +17,11 @@ engine holds the write lock, with everything up to the WAL's end already read. T
 of a page in the current WAL up to the position, else the page in the file.
 
 **Checkpoint.** Under the write lock: read the WAL to its very end; let the pin go (a restart needs the write lock, which we hold);
-PASSIVE; pin again, in slot 0; release. Writers wait for the copying of the last frames and its fsync only, because the bulk is
-copied before, in passes without the write lock. The next writer restarts the WAL. Nothing is written to the database.
+PASSIVE; pin again, in slot 0; release. The next writer restarts the WAL. Nothing is written to the database.
+
+Writers wait for little, because most is done before, while they go on: both files are flushed, the WAL is read as far as it goes, and where many
+pages are to be copied, they are copied in a pass of its own. An application that checkpoints by itself does so after its commits, beside the
+write lock: while we hold that, its checkpoint is its last one, and ends soon, so that ours waits for it.
 
 Source: `docs/design.md`; SQLite's wal.c for slots, restart and checkpoint rules.
 """
@@ -41,7 +44,7 @@ from replicator.errors import DatabaseLocked, DatabaseNotFound, DatabaseStateErr
 from replicator.format.sqlite import SQLITE_MAGIC, lock_pgno
 from replicator.format.wal import WAL_HEADER_SIZE, WALHeader, frame_size
 from replicator.tail import NO_WAL, Continue, Decision, WALPosition, decide, start_of
-from replicator.walreader import Changes, WALFile
+from replicator.walreader import Changes, WALFile, joined
 
 if TYPE_CHECKING:
     from replicator.format.wal import FrameHeader
@@ -50,9 +53,13 @@ __all__ = ["Checkpoint", "Database", "Image"]
 
 LOCK_RETRY_S = 0.00005
 LOCK_BUDGET_S = 0.25
-COPY_PASS_FRAMES = 256
+COPY_PASS_PAGES = 1000
+FEW_FRAMES = 64
+FLUSH_ROUNDS, AHEAD_ROUNDS = 2, 6
+OTHERS_RETRY_S, OTHERS_BUDGET_S = 0.0002, 0.03
 IMAGE_CHUNK_BYTES = 1 << 20
 LOCKED_READ_BYTES = 8 << 20
+AHEAD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Checkpoint:
         locked_s: how long writers had to wait.
         pinned: the pin began anew where `position` is; call `attached` once `position` and `tail` are taken over.
         lost: why frames were copied, or will be, that cannot be read; empty when there are none.
+        goes_on: the next attempt gets further: much was copied, or must be read first.
     """
 
     complete: bool
@@ -78,6 +86,7 @@ class Checkpoint:
     locked_s: float
     pinned: bool = False
     lost: str = ""
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,7 @@ class Database:
         self._slot0 = False  # the pin may sit in slot 0
         self._restart_allowed = False  # the WAL may be restarted (once) under the pin
         self._pin_offset = 0  # where the pin began, at the latest
+        self._pages_past_pin = 0  # how many were read since then; pages that were read twice count twice
         self._doubtful = False
         self._identity = (0, 0)
         self._wal_identity: tuple[int, int] | None = None
@@ -178,6 +188,11 @@ class Database:
     def is_attached(self) -> bool:
         """True when the pin has been held without a break since everything that it sees was synced."""
         return self._attached
+
+    @property
+    def is_pin_low(self) -> bool:
+        """True when the pin may sit in slot 0, where it keeps others from copying."""
+        return self._slot0
 
     @property
     def is_end_doubtful(self) -> bool:
@@ -246,6 +261,7 @@ class Database:
         _begin_read(self._pin)
         self._pinned = self._slot0 = self._restart_allowed = True
         self._attached = False
+        self._pages_past_pin = 0
 
     def attached(self, position: WALPosition) -> None:
         """Take note that everything which the pin can see is read, up to `position`.
@@ -267,10 +283,12 @@ class Database:
         self._pin.execute("ROLLBACK")
         self._pin, self._spare = self._spare, self._pin
         self._pin_offset = position.offset
+        self._pages_past_pin = 0
         self._slot0 = self._restart_allowed = False
 
     def _progress(self, found: Changes) -> None:
         """Frames past the pin: from now on the WAL cannot be restarted under it, wherever it sits."""
+        self._pages_past_pin += len(found.pgnos)
         if self._attached:
             self._restart_allowed = False
             if found.start.offset == WAL_HEADER_SIZE:
@@ -448,7 +466,8 @@ class Database:
 
     def settle(self, position: WALPosition, before_move: Callable[[Changes], None]) -> Checkpoint:
         """Move a pin that may sit in slot 0 to a slot > 0, so that others may copy again. Does nothing when that is not needed."""
-        if not self._slot0 or self._restart_allowed:
+        # Until the WAL was restarted there is nothing to copy that others could miss.
+        if not self._slot0 or (self._restart_allowed and self.salts_are(position.salts)):
             return Checkpoint(False, False, False, None, position, 0.0)
         return self._under_lock(position, before_move, move_only=True)
 
@@ -457,54 +476,104 @@ class Database:
 
         Args:
             position: everything up to here is synced.
-            before_move: called with what was read under the lock, before anybody may copy it.
-            copy_first: when many frames are to be copied, copy them while writers go on, and leave the rest to the next call. Not when
+            before_move: called with what was read past it, before anybody may copy it.
+            copy_first: when many pages are to be copied, copy them while writers go on, and leave the rest to the next call. Not when
                 others checkpoint as well: they collide.
         """
-        frames = (position.offset - max(self._pin_offset, WAL_HEADER_SIZE)) // frame_size(self.page_size)
-        if not (copy_first and frames > COPY_PASS_FRAMES):
-            return self._under_lock(position, before_move, move_only=False)
-        result = self._under_lock(position, before_move, move_only=True)
-        if not result.moved:
+        is_pass = copy_first and self._pages_past_pin > COPY_PASS_PAGES
+        result = self._under_lock(position, before_move, move_only=is_pass, flush=True)
+        if not is_pass or not result.moved:
             return result
         busy, _, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        return replace(result, contended=busy != 0)
+        return replace(result, contended=busy != 0, goes_on=True)
 
-    def _under_lock(self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool) -> Checkpoint:
+    def _read_ahead(self, position: WALPosition, *, flush: bool) -> list[Changes] | None:
+        """Read what is behind the position while writers go on, until little is left; None where it is too much.
+
+        `flush`: both files, so that little is left of that, too.
+        """
+        ahead: list[Changes] = []
+        size = 0
+        if flush:
+            os.fdatasync(self._file)  # what copying passes wrote, ours and others'
+        for count in range(AHEAD_ROUNDS):
+            with self.wal() as wal:
+                decision = self.observe(position, wal)
+                if wal is None or not isinstance(decision, Continue) or (ahead and decision.position != position):
+                    break
+                if flush and count < FLUSH_ROUNDS:
+                    wal.flush()
+                found = self.changes(decision.position, wal, limit=LOCKED_READ_BYTES)
+            if found is None:
+                break
+            size += found.end.offset - found.start.offset
+            if found.data is None or size > AHEAD_BYTES:
+                return None
+            ahead.append(found)
+            position = found.end
+            if found.frames < FEW_FRAMES:
+                break
+        return ahead
+
+    def _under_lock(
+        self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool, flush: bool = False
+    ) -> Checkpoint:
+        ahead = self._read_ahead(position, flush=flush)
+        if ahead is None:  # the ordinary sync takes it
+            return Checkpoint(False, False, False, None, position, 0.0, goes_on=True)
+        for part in ahead:
+            before_move(part)  # what is saved twice is saved once
         if not self._lock_writers():
             return Checkpoint(False, False, True, None, position, 0.0)
         locked = time.monotonic()
         try:
-            with self.wal() as wal:
-                decision = self.observe(position, wal)
-                if wal is None or not isinstance(decision, Continue):
-                    return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
-                tail = self.changes(decision.position, wal, limit=LOCKED_READ_BYTES)
-            if tail is not None and (tail.more or tail.data is None):  # too much to hold back writers for: the ordinary sync takes it
-                return Checkpoint(False, False, False, None, position, time.monotonic() - locked)
-            position = tail.end if tail is not None else decision.position
-            if tail is not None:
-                before_move(tail)
-            if move_only:
-                # Past its beginning the pin is certain to get a slot > 0: nobody can have copied further than the old pin.
-                moved = position.offset > max(self._pin_offset, WAL_HEADER_SIZE)
-                if moved:
-                    self._move_pin(position)
-                return Checkpoint(False, moved, False, tail, position, time.monotonic() - locked)
-            self._unpin()
-            try:
-                busy, total, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            finally:
-                self.pin()
-            frames = (position.offset - WAL_HEADER_SIZE) // frame_size(self.page_size)
-            # Fewer are possible: somebody has restarted the WAL in the shared index, and no writer has written its header yet.
-            if total > frames:
-                reason = f"SQLite counts {total} frames in the WAL, of which {frames} can be read"
-                return Checkpoint(False, True, False, None, position, time.monotonic() - locked, lost=reason)
-            complete = busy == 0 and total == copied
-            return Checkpoint(complete, True, busy != 0, tail, position, time.monotonic() - locked, pinned=True)
+            result = self._move(ahead[-1].end if ahead else position, before_move, move_only=move_only)
         finally:
             self._release_writers()
+        locked_s = time.monotonic() - locked
+        if result is None:  # what was read is read again
+            return Checkpoint(False, False, False, None, position, locked_s, goes_on=True)
+        tails = [*ahead, result.tail] if result.tail is not None else ahead
+        return replace(result, tail=joined(tails) if tails else None, locked_s=locked_s)
+
+    def _move(self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool) -> Checkpoint | None:
+        """Do what needs the write lock; None, with nothing done, where the WAL cannot be read to its end now."""
+        with self.wal() as wal:
+            decision = self.observe(position, wal)
+            if wal is None or not isinstance(decision, Continue):
+                return None
+            tail = self.changes(decision.position, wal, limit=LOCKED_READ_BYTES)
+        if tail is not None and (tail.more or tail.data is None):  # too much to hold back writers for
+            return None
+        position = tail.end if tail is not None else decision.position
+        if tail is not None:
+            before_move(tail)
+        if move_only:
+            # Past its beginning the pin is certain to get a slot > 0: nobody can have copied further than the old pin.
+            moved = position.offset > max(self._pin_offset, WAL_HEADER_SIZE)
+            if moved:
+                self._move_pin(position)
+            return Checkpoint(False, moved, False, tail, position, 0.0)
+        self._unpin()
+        try:
+            busy, total, copied = self._copy_all()
+        finally:
+            self.pin()
+        frames = (position.offset - WAL_HEADER_SIZE) // frame_size(self.page_size)
+        # Fewer are possible: somebody has restarted the WAL in the shared index, and no writer has written its header yet.
+        if total > frames:
+            reason = f"SQLite counts {total} frames in the WAL, of which {frames} can be read"
+            return Checkpoint(False, True, False, None, position, 0.0, lost=reason)
+        return Checkpoint(busy == 0 and total == copied, True, busy != 0, tail, position, 0.0, pinned=True)
+
+    def _copy_all(self) -> tuple[int, int, int]:
+        """Copy the WAL, under the write lock: (busy, frames, frames copied). An application's own checkpoint, which it began before, comes to its end first."""
+        end = time.monotonic() + OTHERS_BUDGET_S
+        while True:
+            busy, total, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if not busy or time.monotonic() > end:
+                return busy, total, copied
+            time.sleep(OTHERS_RETRY_S)
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:

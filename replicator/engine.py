@@ -122,6 +122,7 @@ class Engine:
         self._lineage = b""
         self._lock_file = -1
         self.at_end = True  # the last `advance` read the WAL to its end
+        self.is_behind = False  # it left more than it could take at once
         self._xor = 0  # checksum of the whole database at `txid`
         self._position: WALPosition = NO_WAL  # end of what was read for encoding
         self._commit = 0
@@ -355,6 +356,7 @@ class Engine:
         with self.lock:
             if self._database.replaced():
                 self._reopen()
+            self.is_behind = False
             if self._tails:
                 self.at_end = False
                 entry = self._encode(self._tails[0], None)
@@ -395,12 +397,18 @@ class Engine:
                 self._database.attached(position)
             self._position = position
             return None
-        self.at_end = not changes.more and not self._database.is_end_doubtful
+        self.is_behind = changes.more
+        self.at_end = not changes.more and not self._database.is_end_doubtful  # an open transaction may be writing there
         self._preserve(changes)
         entry = self._encode(changes, wal)
         if first and not changes.more:  # not before: what could not be encoded is read again, from the old position
             self._database.attached(changes.end)
         return entry
+
+    def _note_frames(self) -> None:
+        """The WAL has frames that no checkpoint of ours has copied."""
+        if self._frames_since is None:
+            self._frames_since = time.monotonic()
 
     def _frames_in_index(self) -> int:
         """Return how many frames SQLite knows in the WAL. Raises `DatabaseStateError` while that cannot be told."""
@@ -430,8 +438,8 @@ class Engine:
             raise DatabaseStateError(f"the database was replaced while it was read: {self.path}")
         self._xor = self._xor_after(encoded, changes.commit)
         self.txid, self._commit, self._position = txid, changes.commit, changes.end
-        if self._frames_since is None:
-            self._frames_since = time.monotonic()
+        if wal is not None:
+            self._note_frames()
         return Entry(txid, (out,), encoded, changes.page_size, changes.commit, header.timestamp_ms, changes.end)
 
     def _xor_after(self, encoded: EncodedPages, commit: int) -> int:
@@ -661,6 +669,11 @@ class Engine:
 
     # -- checkpoints and snapshots -----------------------------------------------------------------------------------------------
 
+    @property
+    def is_pin_low(self) -> bool:
+        """True when `settle_pin` will have something to do, once the WAL was restarted."""
+        return self._database.is_pin_low
+
     def settle_pin(self) -> None:
         """Let others copy again after a restart of the WAL; cheap when there is nothing to do."""
         with self.lock:
@@ -695,7 +708,7 @@ class Engine:
                 self._failures = 0
                 self._frames_since = None
                 self.checkpoints += 1
-            elif not result.moved or result.contended:
+            elif result.contended or not result.goes_on:
                 self._failures += 1
             return result.complete
 
@@ -719,6 +732,7 @@ class Engine:
             self._database.attached(result.position)
         if result.tail is not None:
             self._tails.append(result.tail)
+            self._note_frames()
         self._position = result.position
         self.max_locked_s = max(self.max_locked_s, result.locked_s)
 

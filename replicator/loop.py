@@ -23,6 +23,7 @@ STAGE_AFTER_S = 1.0
 MAX_STEPS = 10_000
 BUSY_LOOKS = 8
 LATE_EVENT_S = 1.0
+RESTART_LOOKS, RESTART_PAUSE_S = 10, 0.002
 FREE_LOOKS, FIRST_PAUSE_S, LAST_PAUSE_S = 3, 0.001, 0.05
 TEMPORARY = (ReplicatorError, OSError, sqlite3.Error)
 
@@ -133,6 +134,8 @@ class EngineThread:
             return last_sync + self._interval
         if self._watch.armed:
             return last_sync + IDLE_POLL_S if self._rested else max(last_news + QUIET_S, last_sync) + self._interval
+        if self._engine.is_pin_low and self._empty_looks < RESTART_LOOKS:
+            return last_sync + RESTART_PAUSE_S  # a busy writer restarts the WAL in a moment, and then the pin is in its way
         return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
 
     def _sync(self) -> bool:
@@ -148,6 +151,7 @@ class EngineThread:
             self._wait_for_room()
             began = time.monotonic()
             entry = engine.advance()
+            self._settle_pin()
             board.counts.sync_s += time.monotonic() - began
             if engine.at_end:
                 board.read(question, engine.txid)
@@ -155,16 +159,26 @@ class EngineThread:
                 news = True
                 board.counts.wal_bytes += sum(file.size for file in entry.files)
                 self._deliver(entry, self._clear_at)
-            if not engine.at_end:
-                continue  # more to read: neither the pin nor a checkpoint can move now
-            self._clear_at = looked_at
-            board.answer(question, engine.txid)
-            engine.settle_pin()
+            if engine.at_end:
+                self._clear_at = looked_at
+                board.answer(question, engine.txid)
+            if engine.is_behind or engine.has_tail:
+                continue
             if engine.checkpoint_due():
                 self._checkpoint()
-            if not engine.has_tail:
+            if engine.at_end and not engine.has_tail:
                 return news
         return news
+
+    def _settle_pin(self) -> None:
+        """Let others copy again, before the upload: until then an application that checkpoints by itself tries in vain after each commit, and sorts the WAL for it.
+
+        What fails is tried again at the next look. It must not keep the entry that was just made from its replicas.
+        """
+        try:
+            self._engine.settle_pin()
+        except TEMPORARY as error:
+            self._board.report(error)
 
     def _checkpoint(self) -> None:
         counts, began = self._board.counts, time.monotonic()

@@ -229,8 +229,8 @@ class V3Engine(Engine):
             raise DatabaseStateError(f"the database was replaced while it was read: {self.path}")
         self.txid, self._commit, self._position = txid, changes.commit, changes.end
         self._index, self._begun, self._end = index, True, changes.end.offset
-        if self._frames_since is None:
-            self._frames_since = time.monotonic()
+        if wal is not None:
+            self._note_frames()
         return Entry(txid, (out,), EncodedPages.none(), changes.page_size, changes.commit, out.timestamp_ms, changes.end)
 
     def settled(self, entry: Entry) -> None:

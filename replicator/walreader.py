@@ -5,8 +5,9 @@ Nothing here decides anything: `tail.py` says where to start, `db.py` holds the 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Changes", "WALFile"]
+__all__ = ["Changes", "WALFile", "joined"]
 
 FIRST_READ = 1 << 16
 NEXT_READ = 4 << 20
@@ -77,6 +78,21 @@ class Changes:
             yield pgno, data[at : at + size]
 
 
+def joined(parts: Sequence[Changes]) -> Changes:
+    """Return stretches that follow each other as one. All of them have their `data`."""
+    import numpy as np
+
+    first, last = parts[0], parts[-1]
+    if len(parts) == 1:
+        return first
+    assert all(a.end == b.start for a, b in itertools.pairwise(parts))
+    distinct, index = newest_frames(np.concatenate([part.pgnos for part in parts]), last.commit)
+    data = b"".join([memoryview(part.data or b"")[: part.end.offset - part.start.offset] for part in parts])
+    offsets = np.concatenate([part.offsets for part in parts])[index]
+    frames = sum(part.frames for part in parts)
+    return Changes(first.start, last.end, first.page_size, last.commit, frames, distinct, offsets, last.more, data)
+
+
 class WALFile:
     """The `-wal` file of one database, opened for reading. A context manager."""
 
@@ -97,6 +113,10 @@ class WALFile:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+
+    def flush(self) -> None:
+        """Make what is written durable, so that the checkpoint that must do it has little left. Raises `OSError`."""
+        os.fdatasync(self._file)
 
     def header(self) -> WALHeader | None:
         """Return the header; None when it is missing, short or torn."""

@@ -316,7 +316,27 @@ MUTANTS = [
         f"{REPLICAS}::test_a_replica_that_missed_a_change_of_the_page_size_gets_a_full_image", (71,),
     ),
     Mutant(
-        "what a checkpoint read under the write lock is dropped", "engine.py", "        if result.tail is not None:\n            self._tails.append(result.tail)\n", "", f"{STEPS}::test_checkpoint", (1, 11)
+        "what a checkpoint read under the write lock is dropped", "engine.py", "            self._tails.append(result.tail)\n", "            pass\n", f"{STEPS}::test_checkpoint", (1, 11)
+    ),
+    Mutant(
+        "what a checkpoint read ahead is dropped", "db.py", "        tails = [*ahead, result.tail] if result.tail is not None else ahead\n",
+        "        tails = [result.tail] if result.tail is not None else []\n", f"{ATTACH}::test_what_is_committed_while_a_checkpoint_prepares_is_read_under_the_lock", (11,),
+    ),
+    Mutant(
+        "a snapshot is not told of what a checkpoint read ahead", "db.py", "        for part in ahead:\n            before_move(part)", "        for part in ahead:\n            pass",
+        f"{ATTACH}::test_a_snapshot_keeps_what_a_checkpoint_reads_ahead_and_copies",
+    ),
+    Mutant(
+        "a checkpoint gives way to that of the application", "db.py", "            if not busy or time.monotonic() > end:\n", "            if True:\n",
+        f"{ATTACH}::test_a_checkpoint_waits_for_that_of_the_application", (15,),
+    ),
+    Mutant(
+        "the pin stays in slot 0 during an upload", "loop.py", "            self._settle_pin()\n", "",
+        f"{ATTACH}::test_others_can_copy_again_before_an_upload_has_ended", (15,),
+    ),
+    Mutant(
+        "a reader that stays is met at every look", "engine.py", "            elif result.contended or not result.goes_on:\n", "            elif result.contended:\n",
+        f"{ATTACH}::test_a_reader_that_stays_is_not_met_at_every_look", (14,),
     ),
     Mutant(
         "writers are held when a rollback fails", "db.py", "        except sqlite3.Error:\n            # The application must", "        except sqlite3.Error:\n            raise\n            # The application must",

@@ -119,14 +119,20 @@ class Flaky(MemoryClient):
 
 
 def engine_for(
-    database: Path, *clients: ReplicaClient, meta_path: Path | None = None, writer: int = 7, busy_timeout_s: float = 1, **options
+    database: Path,
+    *clients: ReplicaClient,
+    meta_path: Path | None = None,
+    writer: int = 7,
+    busy_timeout_s: float = 1,
+    policy: CheckpointPolicy | None = None,
+    **options,
 ) -> Engine:
-    """Return an engine without threads that never checkpoints by itself."""
+    """Return an engine without threads. It never checkpoints by itself; `policy` says when one is due, which is never otherwise."""
     return Engine(
         database,
         [Replica(client, writer=writer) for client in clients],
         meta_path=meta_path or database.with_name(f".{database.name}-litestream"),
-        policy=CheckpointPolicy(10**9, 0),
+        policy=policy or CheckpointPolicy(10**9, 0),
         busy_timeout_s=busy_timeout_s,
         staging_limit_bytes=1 << 30,
         **options,

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 
 from replicator import Replicator, db, engine
+from replicator.checkpoint import CheckpointPolicy
 from replicator.db import Database
 from replicator.errors import DatabaseNotFound, DatabaseStateError
+from replicator.format.ltx import decode_file
+from replicator.snapshot import Snapshot
 from replicator.storage.memory import MemoryClient
 from replicator.walreader import WALFile
 from tests.e2e.databases import checkpointed_bytes, connect, drain, engine_for, insert, restored, rows
@@ -293,7 +296,7 @@ def test_a_long_reader_holds_up_neither_a_checkpoint_nor_a_writer(tmp_path: Path
     drain(subject)
     reader.execute("BEGIN")
     assert rows(reader) == []
-    insert(application, 2 * db.COPY_PASS_FRAMES, size=3000)
+    insert(application, 2 * db.COPY_PASS_PAGES, size=3000)
     drain(subject)
     application.execute("PRAGMA busy_timeout=5000")
     done = threading.Event()
@@ -332,11 +335,15 @@ def test_the_write_lock_is_not_held_for_reading_a_long_wal(tmp_path: Path, monke
     subject = engine_for(database, client)
     subject.open()
     drain(subject)
-    for _ in range(30):
-        insert(application, 1, size=1 << 20)
     lock, read, under_lock = Database._lock_writers, WALFile.changes, []
 
+    def much() -> None:
+        for _ in range(30):
+            insert(application, 1, size=1 << 20)
+
     def locking(self):
+        if not under_lock:
+            much()  # after all that was read ahead
         under_lock.append(0)
         return lock(self)
 
@@ -348,11 +355,155 @@ def test_the_write_lock_is_not_held_for_reading_a_long_wal(tmp_path: Path, monke
 
     monkeypatch.setattr(Database, "_lock_writers", locking)
     monkeypatch.setattr(WALFile, "changes", reading)
-    subject.checkpoint()
-    assert under_lock
+    insert(application, 40)
+    assert not subject.checkpoint()
+    assert len(under_lock) > 1
     assert max(under_lock) < 16 << 20
+    drain(subject)
+    much()
+    under_lock.clear()
+    assert not subject.checkpoint()
+    assert not under_lock  # it is seen before
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
     subject.close()
     application.close()
+
+
+@pytest.mark.fault("F11")
+def test_what_is_committed_while_a_checkpoint_prepares_is_read_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the WAL is read before the lock, the rest under it: both are one transaction file, without a gap between them."""
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    lock, states = Database._lock_writers, []
+
+    def locking(self):
+        for _ in range(3):
+            insert(application, 10)
+            states.append(rows(application))
+        return lock(self)
+
+    insert(application, 40)
+    drain(subject)
+    before = subject.txid
+    insert(application, 400)  # read ahead, on pages that the rest does not touch
+    monkeypatch.setattr(Database, "_lock_writers", locking)
+    assert subject.checkpoint()
+    monkeypatch.undo()
+    insert(application, 5)  # restarts the WAL: what was read is nowhere else
+    drain(subject)
+    assert rows(restored(client, tmp_path, txid=before + 1)) == states[-1]
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+@pytest.mark.fault("F15")
+def test_a_checkpoint_waits_for_that_of_the_application(tmp_path: Path) -> None:
+    """It cannot begin another one while writers wait for us. SQLite answers (1, -1, -1) as long as it runs."""
+
+    class BusyAtFirst(RaisesOnce):
+        left = 3
+
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            if "wal_checkpoint" in sql and self.left:
+                self.left -= 1
+                sql = "SELECT 1, -1, -1"
+            return self.connection.execute(sql)
+
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    insert(application, 40)
+    drain(subject)
+    subject._database._checkpointer = BusyAtFirst(subject._database._checkpointer)  # type: ignore[assignment]
+    assert subject.checkpoint()
+    subject._database._checkpointer.left = 10**9  # type: ignore[attr-defined]
+    insert(application, 40)
+    drain(subject)
+    began = time.monotonic()
+    assert not subject.checkpoint()
+    assert time.monotonic() - began < 5  # and writers go on
+    insert(application, 1)
+    subject.close()
+    application.close()
+
+
+@pytest.mark.fault("F15")
+def test_others_can_copy_again_before_an_upload_has_ended(tmp_path: Path) -> None:
+    """After a checkpoint of ours the pin keeps others from copying, until the WAL was restarted and the pin has moved."""
+
+    class Held(MemoryClient):
+        free = threading.Event()
+
+        def put(self, *args, **options):
+            assert self.free.wait(TIMEOUT_S)
+            return super().put(*args, **options)
+
+    database, client = tmp_path / "a.db", Held()
+    client.free.set()
+    application = connect(database, autocheckpoint=0)
+    with Replicator(database, client, sync_interval_s=0.01, min_checkpoint_pages=20) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        insert(application, 300)
+        end = time.monotonic() + TIMEOUT_S
+        while not replicator.status().checkpoints:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        client.free.clear()
+        insert(application, 5)
+        copied = 0
+        while not copied and time.monotonic() < end:
+            _, _, copied = application.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        client.free.set()
+        assert copied
+    application.close()
+
+
+def test_a_checkpoint_that_is_complete_is_not_due_again_for_what_it_read(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client, policy=CheckpointPolicy(min_pages=10))
+    subject.open()
+    drain(subject)
+    insert(application, 300)
+    drain(subject)
+    assert subject.checkpoint_due()
+    insert(application, 300)  # the checkpoint reads it
+    assert subject.checkpoint()
+    assert subject.has_tail
+    drain(subject)
+    assert not subject.checkpoint_due()
+    insert(application, 300)
+    drain(subject)
+    assert subject.checkpoint_due()
+    subject.close()
+    application.close()
+
+
+@pytest.mark.fault("F14")
+def test_a_reader_that_stays_is_not_met_at_every_look(tmp_path: Path) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application, reader = connect(database, autocheckpoint=0), connect(database)
+    subject = engine_for(database, client, policy=CheckpointPolicy(min_pages=10))
+    subject.open()
+    drain(subject)
+    reader.execute("BEGIN")
+    assert rows(reader) == []
+    insert(application, 300)
+    drain(subject)
+    assert subject.checkpoint_due()
+    assert not subject.checkpoint()
+    assert not subject.checkpoint_due()
+    subject.close()
+    for connection in (reader, application):
+        connection.close()
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------------------
@@ -638,4 +789,36 @@ def test_growth_without_a_frame_comes_from_the_database_file(tmp_path: Path) -> 
         (1, b"first"), (pages + 1, b"\1" * 512), (pages + 2, b"its frame"), (pages + 3, b"\3" * 512), (pages + 4, b"\4" * 512)
     ]  # fmt: skip
     engine.close()
+    application.close()
+
+
+def test_a_snapshot_keeps_what_a_checkpoint_reads_ahead_and_copies(tmp_path: Path) -> None:
+    """Everything changes once the snapshot has read its first slice, and a checkpoint takes all of it at once."""
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    insert(application, 700, size=3000)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    assert subject.checkpoint()  # the pages are in the file
+    insert(application, 1)
+    drain(subject)
+    expected, txid = checkpointed_bytes(database, tmp_path), subject.txid
+    pages, overwritten = Snapshot.pages, []
+
+    def slowly(self, lock):
+        for number, page in enumerate(pages(self, lock)):
+            if number == 1:
+                application.execute("UPDATE t SET v = zeroblob(3000)")
+                overwritten.append(subject.checkpoint())
+            yield page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Snapshot, "pages", slowly)
+        made = subject.snapshot()
+    assert overwritten == [True]
+    header, pages_of_it, _ = decode_file(b"".join(made.pieces(1 << 20)))
+    assert header.max_txid == txid
+    assert b"".join(page for _, page in pages_of_it) == expected
+    subject.close()
     application.close()
