@@ -42,6 +42,7 @@ class EngineThread:
         self._clear_at = time.monotonic()  # everything committed before is read
         self._unsettled: Entry | None = None
         self._full_looks = self._empty_looks = 0  # how many of the last ones, in a row, found something, and nothing
+        self._restart_looks = 0  # a busy writer restarts the WAL soon after a checkpoint, and from then on the pin is in its way
         self._rested = False
         self.news_at = time.monotonic()
         """When something was found last, or may have happened."""
@@ -134,8 +135,8 @@ class EngineThread:
             return last_sync + self._interval
         if self._watch.armed:
             return last_sync + IDLE_POLL_S if self._rested else max(last_news + QUIET_S, last_sync) + self._interval
-        if self._engine.is_pin_low and self._empty_looks < RESTART_LOOKS:
-            return last_sync + RESTART_PAUSE_S  # a busy writer restarts the WAL in a moment, and then the pin is in its way
+        if self._engine.is_pin_low and self._restart_looks:
+            return last_sync + RESTART_PAUSE_S
         return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
 
     def _sync(self) -> bool:
@@ -148,6 +149,7 @@ class EngineThread:
         news = False
         for _ in range(MAX_STEPS):
             question, looked_at = board.question(), time.monotonic()
+            self._restart_looks = max(0, self._restart_looks - 1)
             self._wait_for_room()
             began = time.monotonic()
             entry = engine.advance()
@@ -183,7 +185,10 @@ class EngineThread:
     def _checkpoint(self) -> None:
         counts, began = self._board.counts, time.monotonic()
         counts.checkpoint_tries += 1
-        counts.checkpoint_failures += not self._engine.checkpoint()
+        if self._engine.checkpoint():
+            self._restart_looks = RESTART_LOOKS
+        else:
+            counts.checkpoint_failures += 1
         counts.checkpoint_s += time.monotonic() - began
 
     def _wait_for_room(self) -> None:
