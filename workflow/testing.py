@@ -105,9 +105,9 @@ class _Crash(BaseException):
 
 
 class _Faults:
-    """Count commits; from number `at` on, refuse all."""
+    """Count commits; refuse all from number `at` on, or from where it says so."""
 
-    def __init__(self, at: int | None) -> None:
+    def __init__(self, at: int | Callable[[str, str], bool] | None) -> None:
         self._at = at
         self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
@@ -118,7 +118,7 @@ class _Faults:
     def __call__(self, id: str, where: str) -> None:
         with self._lock:
             self.count += not self.is_dead
-            if self.count == self._at and not self.is_dead:
+            if not self.is_dead and (self._at(id, where) if callable(self._at) else self.count == self._at):
                 self.is_dead = True
                 self._loop.call_soon_threadsafe(self.died.set)
             if self.is_dead:
@@ -151,10 +151,16 @@ def start(flow: Callable[..., Any], *args: Any, id: str = "it", events: tuple[tu
     return scenario
 
 
-async def run_to_crash(folder: Path, scenario: Scenario, at: int | None, settings: dict[str, Any]) -> tuple[bool, Any, int]:
-    """Run a scenario on a virtual clock, and crash at a commit: odd numbers before it, even ones after it; never for None.
+async def run_to_crash(
+    folder: Path, scenario: Scenario, at: int | Callable[[str, str], bool] | None, settings: dict[str, Any]
+) -> tuple[bool, Any, int]:
+    """Run a scenario on a virtual clock, and crash at a commit.
 
-    Returns (whether it came to its end, its answer, how many points there were). `settings` are for `Engine`.
+    Args:
+        at: its number, odd before it and even after it; or called at each with the run's id and "before" or "after", true for the one. None: never.
+        settings: for `Engine`.
+
+    Returns (whether it came to its end, its answer, how many points there were).
     """
     faults = _Faults(at)
     clock = VirtualClock()

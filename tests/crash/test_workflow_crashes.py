@@ -59,11 +59,18 @@ def test_an_outcome_is_unknown_exactly_where_a_crash_left_an_intent_without_a_re
     """A step with repeat=False at every commit: its body runs once or never again, and only what began and was not recorded is unknown."""
     scenario, answers = start(once_or_unknown), Counter[str]()
     _, _, count = asyncio.run(run_to_crash(tmp_path / "whole", scenario, None, {}))
-    for at in range(1, count + 1):
-        place = tmp_path / f"at-{at}"
+
+    def statuses(folder: Path) -> dict[str, str]:
+        return {record.key: record.status for path in folder.glob("it.db") for record in jr.read(path).records}
+
+    def has_begun(id: str, where: str) -> bool:
+        return (id, where) == ("it", "after") and statuses(tmp_path / "at-begun").get("at_most_once#1") == "started"
+
+    for name, at in [*((str(number), number) for number in range(1, count + 1)), ("begun", has_begun)]:
+        place = tmp_path / f"at-{name}"
         take_ran()
         asyncio.run(run_to_crash(place, scenario, at, {}))
-        left = {record.key: record.status for path in place.glob("it.db") for record in jr.read(path).records}
+        left = statuses(place)
         _, answer, _ = asyncio.run(run_to_crash(place, scenario, None, {}))
         assert answer == ("returned", "unknown" if left.get("at_most_once#1") == "started" else "once")
         answers[answer[1]] += 1
