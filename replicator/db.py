@@ -29,6 +29,7 @@ Source: `docs/design.md`; SQLite's wal.c for slots, restart and checkpoint rules
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sqlite3
 import stat
@@ -54,8 +55,7 @@ __all__ = ["Checkpoint", "Database", "Image"]
 LOCK_RETRY_S = 0.00005
 LOCK_BUDGET_S = 0.25
 COPY_PASS_PAGES = 1000
-FEW_FRAMES = 64
-FLUSH_ROUNDS, AHEAD_ROUNDS = 2, 6
+AHEAD_ROUNDS, FEW_FRAMES, FLUSH_BYTES = 20, 256, 2 << 20
 OTHERS_RETRY_S, OTHERS_BUDGET_S = 0.0002, 0.03
 IMAGE_CHUNK_BYTES = 1 << 20
 LOCKED_READ_BYTES = 8 << 20
@@ -108,9 +108,14 @@ class Image:
 class Database:
     """One live database. The caller serialises all calls."""
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = 1.0) -> None:
-        """`path`: without symbolic links. SQLite follows them and puts the WAL beside the real file."""
+    def __init__(self, path: Path, *, busy_timeout_s: float = 1.0, keeps_frames: bool = False) -> None:
+        """
+        Args:
+            path: without symbolic links. SQLite follows them and puts the WAL beside the real file.
+            keeps_frames: the caller wants all frames of what a checkpoint reads, and not just the newest image of each page.
+        """
         self.path = path
+        self._keeps_frames = keeps_frames
         self.page_size = 0
         self._wal_path = path.with_name(path.name + "-wal")
         self._busy_timeout_s = busy_timeout_s
@@ -487,31 +492,32 @@ class Database:
         busy, _, _ = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return replace(result, contended=busy != 0, goes_on=True)
 
-    def _read_ahead(self, position: WALPosition, *, flush: bool) -> list[Changes] | None:
-        """Read what is behind the position while writers go on, until little is left; None where it is too much.
+    def _read_ahead(self, position: WALPosition, *, flush: bool) -> list[Changes]:
+        """Read what is behind the position while writers go on, until little is left, or it is too much to keep.
 
-        `flush`: both files, so that little is left of that, too.
+        `flush`: both files, so that little is left of that, too; again as long as that makes it less. (A writer may be faster than the disk.)
         """
         ahead: list[Changes] = []
-        size = 0
+        end, kept, flushed_to, unflushed = position, 0, 0, math.inf
         if flush:
             os.fdatasync(self._file)  # what copying passes wrote, ours and others'
-        for count in range(AHEAD_ROUNDS):
+        for _ in range(AHEAD_ROUNDS):
             with self.wal() as wal:
-                decision = self.observe(position, wal)
-                if wal is None or not isinstance(decision, Continue) or (ahead and decision.position != position):
+                decision = self.observe(end, wal)
+                if wal is None or not isinstance(decision, Continue) or (ahead and decision.position != end):
                     break
-                if flush and count < FLUSH_ROUNDS:
+                since = decision.position.offset - flushed_to
+                if flush and FLUSH_BYTES < since < unflushed / 2:
+                    flushed_to, unflushed = decision.position.offset, since
                     wal.flush()
+                elif ahead and ahead[-1].frames < FEW_FRAMES:
+                    break
                 found = self.changes(decision.position, wal, limit=LOCKED_READ_BYTES)
-            if found is None:
+            if found is None or found.data is None:
                 break
-            size += found.end.offset - found.start.offset
-            if found.data is None or size > AHEAD_BYTES:
-                return None
-            ahead.append(found)
-            position = found.end
-            if found.frames < FEW_FRAMES:
+            ahead.append(found if self._keeps_frames else found.packed())
+            end, kept = found.end, kept + len(ahead[-1].data or b"")
+            if kept > AHEAD_BYTES:
                 break
         return ahead
 
@@ -519,7 +525,7 @@ class Database:
         self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool, flush: bool = False
     ) -> Checkpoint:
         ahead = self._read_ahead(position, flush=flush)
-        if ahead is None:  # the ordinary sync takes it
+        if sum(len(part.data or b"") for part in ahead) > AHEAD_BYTES:  # the ordinary sync takes it
             return Checkpoint(False, False, False, None, position, 0.0, goes_on=True)
         for part in ahead:
             before_move(part)  # what is saved twice is saved once
@@ -534,7 +540,8 @@ class Database:
         if result is None:  # what was read is read again
             return Checkpoint(False, False, False, None, position, locked_s, goes_on=True)
         tails = [*ahead, result.tail] if result.tail is not None else ahead
-        return replace(result, tail=joined(tails) if tails else None, locked_s=locked_s)
+        tail = joined(tails, pack=any(part.places is not None for part in tails)) if tails else None
+        return replace(result, tail=tail, locked_s=locked_s)
 
     def _move(self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool) -> Checkpoint | None:
         """Do what needs the write lock; None, with nothing done, where the WAL cannot be read to its end now."""

@@ -56,6 +56,7 @@ MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
 CLOCK_BACK_MS = 60_000
 KNOWN_EVERY_S = 5.0
+MAX_PASSES = 3
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ os.register_at_fork(after_in_child=_in_child)
 
 class Engine:
     """One database and its replicas. All methods but `snapshot` are called by one thread."""
+
+    _keeps_frames = False
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class Engine:
         self._tenant = tenant
         self._memory = memory
         self._clock = clock
-        self._database = Database(path, busy_timeout_s=busy_timeout_s)
+        self._database = Database(path, busy_timeout_s=busy_timeout_s, keeps_frames=self._keeps_frames)
         self._table: PageTable | None = None
         self._staging: Staging | None = None
         self._scratch: Staging | None = None
@@ -134,6 +137,7 @@ class Engine:
         self._frames_since: float | None = None
         self._failures = 0
         self._contended = self._warned = False
+        self._passes = 0  # attempts in a row that did not end, and let the next one get further
         self._last_attempt = 0.0
         _engines.add(self)
 
@@ -674,6 +678,11 @@ class Engine:
         """True when `settle_pin` will have something to do, once the WAL was restarted."""
         return self._database.is_pin_low
 
+    @property
+    def is_checkpointing(self) -> bool:
+        """True when the last attempt did not end, and the next one gets further."""
+        return self._passes > 0
+
     def settle_pin(self) -> None:
         """Let others copy again after a restart of the WAL; cheap when there is nothing to do."""
         with self.lock:
@@ -697,9 +706,10 @@ class Engine:
             if self._tails or self._resync_reason is not None or not self._database.is_attached:
                 return False
             self._last_attempt = time.monotonic()
-            result = self._database.checkpoint(self._position, self._preserve, copy_first=not self._contended)
+            result = self._database.checkpoint(self._position, self._preserve, copy_first=not self._contended and self._passes < MAX_PASSES)
             self._take(result)
             self._contended = result.contended
+            self._passes = self._passes + 1 if result.goes_on and not result.contended else 0
             if result.contended and result.moved:
                 self._warn_about_checkpoints_of_others()
             if result.lost:

@@ -135,7 +135,7 @@ class EngineThread:
             return last_sync + self._interval
         if self._watch.armed:
             return last_sync + IDLE_POLL_S if self._rested else max(last_news + QUIET_S, last_sync) + self._interval
-        if self._engine.is_pin_low and self._restart_looks:
+        if self._engine.is_checkpointing or (self._engine.is_pin_low and self._restart_looks):
             return last_sync + RESTART_PAUSE_S
         return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
 

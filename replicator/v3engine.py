@@ -59,6 +59,7 @@ class V3Engine(Engine):
     _end = 0
     _header_of_wal: WALHeader | None = None
     _wanted = ""
+    _keeps_frames = True
 
     @property
     def place(self) -> str:

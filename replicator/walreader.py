@@ -49,6 +49,7 @@ class Changes:
         offsets: byte offset of each page's image in the WAL.
         more: valid frames may follow; reading stopped because of the limit.
         data: the bytes from `start.offset` on, when they are few; None otherwise.
+        places: where the images are in `data`, when it holds nothing else (see `packed`).
     """
 
     start: WALPosition
@@ -60,6 +61,7 @@ class Changes:
     offsets: NDArray[np.int64]
     more: bool
     data: bytes | None
+    places: NDArray[np.int64] | None = None
 
     def pages(self, wal: WALFile) -> Iterator[tuple[int, bytes]]:
         """Yield (pgno, image) in ascending order."""
@@ -72,25 +74,38 @@ class Changes:
     def kept_pages(self) -> Iterator[tuple[int, bytes]]:
         """Yield the same from `data`, without the WAL."""
         assert self.data is not None
-        size, base, data = self.page_size, self.start.offset, self.data
-        for pgno, offset in zip(self.pgnos.tolist(), self.offsets.tolist(), strict=True):
-            at = offset - base
+        size, data = self.page_size, self.data
+        for pgno, at in zip(self.pgnos.tolist(), self._places().tolist(), strict=True):
             yield pgno, data[at : at + size]
 
+    def packed(self) -> Changes:
+        """Return the same without what is not the newest image of a page."""
+        return joined([self], pack=True)
 
-def joined(parts: Sequence[Changes]) -> Changes:
-    """Return stretches that follow each other as one. All of them have their `data`."""
+    def _places(self) -> NDArray[np.int64]:
+        return self.offsets - self.start.offset if self.places is None else self.places
+
+
+def joined(parts: Sequence[Changes], *, pack: bool) -> Changes:
+    """Return stretches that follow each other as one; all have their `data`. `pack`: keep only the newest image of each page, not all frames."""
     import numpy as np
 
     first, last = parts[0], parts[-1]
-    if len(parts) == 1:
-        return first
     assert all(a.end == b.start for a, b in itertools.pairwise(parts))
+    if len(parts) == 1 and not pack:
+        return first
     distinct, index = newest_frames(np.concatenate([part.pgnos for part in parts]), last.commit)
-    data = b"".join([memoryview(part.data or b"")[: part.end.offset - part.start.offset] for part in parts])
     offsets = np.concatenate([part.offsets for part in parts])[index]
+    places: NDArray[np.int64] | None = None
+    if pack:
+        views = [memoryview(part.data or b"") for part in parts]
+        images = [view[at : at + first.page_size] for view, part in zip(views, parts, strict=True) for at in part._places().tolist()]
+        data = b"".join([images[number] for number in index.tolist()])
+        places = np.arange(len(index), dtype=np.int64) * first.page_size
+    else:
+        data = b"".join([memoryview(part.data or b"")[: part.end.offset - part.start.offset] for part in parts])
     frames = sum(part.frames for part in parts)
-    return Changes(first.start, last.end, first.page_size, last.commit, frames, distinct, offsets, last.more, data)
+    return Changes(first.start, last.end, first.page_size, last.commit, frames, distinct, offsets, last.more, data, places)
 
 
 class WALFile:

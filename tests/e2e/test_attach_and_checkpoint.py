@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from replicator import Replicator, db, engine
+from replicator import Replicator, db, engine, walreader
 from replicator.checkpoint import CheckpointPolicy
 from replicator.db import Database
 from replicator.errors import DatabaseNotFound, DatabaseStateError
@@ -484,6 +484,53 @@ def test_a_checkpoint_that_is_complete_is_not_due_again_for_what_it_read(tmp_pat
     drain(subject)
     assert subject.checkpoint_due()
     subject.close()
+    application.close()
+
+
+def test_a_writer_that_changes_much_does_not_keep_a_checkpoint_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are copied while it goes on, a few times; then the rest is copied under the lock, however much that is."""
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    insert(application, 2 * db.COPY_PASS_PAGES, size=3000)
+    subject = engine_for(database, client, policy=CheckpointPolicy(min_pages=10))
+    subject.open()
+    drain(subject)
+    for attempt in range(1, engine.MAX_PASSES + 2):
+        application.execute("UPDATE t SET v = randomblob(3000)")
+        drain(subject)
+        assert subject.checkpoint_due()
+        assert subject.checkpoint() is (attempt > engine.MAX_PASSES)
+        assert subject.is_checkpointing is (attempt <= engine.MAX_PASSES)
+    drain(subject)
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
+@pytest.mark.parametrize("format", ["ltx", "v0.3"])
+def test_what_was_read_ahead_in_stretches_is_one_transaction_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """Pages that grow, change again and are cut off between the stretches."""
+    monkeypatch.setattr(db, "LOCKED_READ_BYTES", 40 * FRAME)
+    monkeypatch.setattr(db, "FEW_FRAMES", 0)
+    monkeypatch.setattr(walreader, "NEXT_READ", 40 * FRAME)
+    database, url = tmp_path / "a.db", f"file://{tmp_path}/replica"
+    application = connect(database, autocheckpoint=0, auto_vacuum="FULL")
+    with Replicator(database, url, format=format, sync_interval_s=60) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        insert(application, 10)
+        replicator.wait(timeout_s=TIMEOUT_S)
+        subject, before = replicator._engine, replicator.status().txid
+        with subject.lock:
+            for number in range(12):
+                insert(application, 60, size=1000)
+                application.execute("UPDATE t SET v = randomblob(900) WHERE id % 7 = ?", (number % 7,))
+                application.execute("DELETE FROM t WHERE id > 10 AND id % 5 = ?", (number % 5,))
+            assert subject.checkpoint()
+            assert subject.has_tail
+            insert(application, 1)  # restarts the WAL
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert replicator.status().txid == before + 2
+        assert restored(url, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
     application.close()
 
 
