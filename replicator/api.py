@@ -38,6 +38,7 @@ from replicator.format.lock import writer_number
 from replicator.format.ltx import TXID
 from replicator.format.wal import WAL_HEADER_SIZE
 from replicator.formats import Format, writing
+from replicator.gate import gate
 from replicator.images import Images
 from replicator.keeper import HistoryCounts, Keeper
 from replicator.lease import Lease, LeaseStatus, LeaseTerms
@@ -464,10 +465,11 @@ class Replicator:
                 thread.join(max(0.0, end - time.monotonic()))
             if any(thread.is_alive() for thread in self._threads):
                 raise Disturbed("its threads do not end")
-            if board.fatal is not None or engine.advance() is not None or not engine.at_end:
-                raise Disturbed("it was written to")
-            if engine.pinned_s:
-                engine.checkpoint()
+            with gate():
+                if board.fatal is not None or engine.advance() is not None or not engine.at_end:
+                    raise Disturbed("it was written to")
+                if engine.pinned_s:
+                    engine.checkpoint()
             dues = [due for keeper in self._keepers.values() if (due := keeper.due()) is not None]
             position, page_size, identity = engine.place_of_rest()
         except (ReplicatorError, OSError, sqlite3.Error) as error:

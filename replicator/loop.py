@@ -10,6 +10,7 @@ from pathlib import Path
 from replicator.board import Board
 from replicator.engine import Engine
 from replicator.errors import DatabaseStateError, LeaseError, LeaseHeld, ReplicaStateError, ReplicatorError, StorageUnavailable
+from replicator.gate import gate
 from replicator.outbox import Entry
 from replicator.watch import Watch
 
@@ -151,26 +152,37 @@ class EngineThread:
             question, looked_at = board.question(), time.monotonic()
             self._restart_looks = max(0, self._restart_looks - 1)
             self._wait_for_room()
-            began = time.monotonic()
-            entry = engine.advance()
-            self._settle_pin()
-            board.counts.sync_s += time.monotonic() - began
-            if engine.at_end:
-                board.read(question, engine.txid)
-            if entry is not None:
-                news = True
-                board.counts.wal_bytes += sum(file.size for file in entry.files)
-                self._deliver(entry, self._clear_at)
-            if engine.at_end:
-                self._clear_at = looked_at
-                board.answer(question, engine.txid)
-            if engine.is_behind or engine.has_tail:
+            with gate():
+                began = time.monotonic()
+                entry = engine.advance()
+                self._settle_pin()
+                board.counts.sync_s += time.monotonic() - began
+                if engine.at_end:
+                    board.read(question, engine.txid)
+                if entry is None and self._is_done(question, looked_at):
+                    return news
+            if entry is None:
                 continue
-            if engine.checkpoint_due():
-                self._checkpoint()
-            if engine.at_end and not engine.has_tail:
-                return news
+            news = True
+            board.counts.wal_bytes += sum(file.size for file in entry.files)
+            entry = self._deliver(entry, self._clear_at)
+            with gate():
+                self._settle(entry)
+                if self._is_done(question, looked_at):
+                    return news
         return news
+
+    def _is_done(self, question: int, looked_at: float) -> bool:
+        """Answer at the end of the WAL, and checkpoint where that is due. False when there is more to encode."""
+        board, engine = self._board, self._engine
+        if engine.at_end:
+            self._clear_at = looked_at
+            board.answer(question, engine.txid)
+        if engine.is_behind or engine.has_tail:
+            return False
+        if engine.checkpoint_due():
+            self._checkpoint()
+        return engine.at_end and not engine.has_tail
 
     def _settle_pin(self) -> None:
         """Let others copy again, before the upload: until then an application that checkpoints by itself tries in vain after each commit, and sorts the WAL for it.
@@ -203,8 +215,8 @@ class EngineThread:
                 board.changed.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
             self._raise_if_ended()
 
-    def _deliver(self, entry: Entry, since: float) -> None:
-        """Hand an entry to the replicas; returns when one has it, or when it is staged, and the page table knows it.
+    def _deliver(self, entry: Entry, since: float) -> Entry:
+        """Hand an entry to the replicas; returns it when one has it, or its staged form. The page table must know it next: `_settle`.
 
         From here on the entry may be stored at any moment. So it is never given up: what fails is tried again with this very entry.
         """
@@ -227,7 +239,7 @@ class EngineThread:
             if not board.exchange(entry, staged):
                 engine.forget(staged)  # every replica has it by now
             entry = staged
-        self._settle(entry)
+        return entry
 
     def _settle(self, entry: Entry) -> None:
         self._unsettled = entry

@@ -1,0 +1,103 @@
+"""How many threads of this process work on databases at once.
+
+A thread that holds SQLite's write lock, for a checkpoint or to move a pin, needs the interpreter a dozen times before it can let go, and writers
+wait until then. Among hundreds of threads that want the interpreter, too, each of these times takes long. So whoever reads a WAL, moves a page table
+or checkpoints does so in one of a few places, in the order in which they came. Then too much work shows as lag (a database is looked at less
+often, and what was committed meanwhile shares one file) and not as writers that wait.
+
+A place is held while there is something to do, never while a store, a person or another database is waited for. What takes long all the same (a
+whole database is read, a disk does not answer, an application keeps its lock) does not count any more after `LATE_S`, so that it keeps nobody out for ever.
+Nobody enters with a lock in hand that somebody inside may want.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from types import TracebackType
+
+__all__ = ["Gate", "gate"]
+
+PLACES = 4
+LATE_S = 0.5
+
+
+class Gate:
+    """A context manager for any number of threads: `with gate: ...` waits for a place. One thread has one place at a time."""
+
+    def __init__(self, places: int = PLACES, *, late_s: float = LATE_S) -> None:
+        self._places, self._late_s = places, late_s
+        self._lock = threading.Lock()
+        self._inside: dict[int, float] = {}
+        """The threads that count, and since when."""
+        self._queue: deque[tuple[int, threading.Lock]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for a place."""
+        return len(self._queue)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread has a place that counts."""
+        return threading.get_ident() in self._inside
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            assert me not in self._inside, "a thread has one place at a time"
+            if len(self._inside) < self._places and not self._queue:
+                self._inside[me] = time.monotonic()
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._queue.append((me, turn))
+        try:
+            while not turn.acquire(timeout=self._late_s):
+                self._pass_over_late()
+        except BaseException:  # an interrupt
+            with self._lock:
+                if (me, turn) in self._queue:
+                    self._queue.remove((me, turn))
+                else:
+                    self._leave(me)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        with self._lock:
+            self._leave(threading.get_ident())
+
+    def _leave(self, thread: int) -> None:
+        self._inside.pop(thread, None)  # one that was late does not count any more
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._queue and len(self._inside) < self._places:
+            thread, turn = self._queue.popleft()
+            self._inside[thread] = time.monotonic()
+            turn.release()
+
+    def _pass_over_late(self) -> None:
+        with self._lock:
+            limit = time.monotonic() - self._late_s
+            for thread in [thread for thread, began in self._inside.items() if began <= limit]:
+                del self._inside[thread]
+            self._admit()
+
+
+_shared = Gate()
+
+
+def gate() -> Gate:
+    """Return the gate of this process: what it protects, the interpreter, is one for all."""
+    return _shared
+
+
+def _in_child() -> None:
+    global _shared
+    _shared = Gate()  # who was inside is not there any more
+
+
+os.register_at_fork(after_in_child=_in_child)
