@@ -1,7 +1,7 @@
 """`Replicator`, which runs the engine in threads of the application's own process.
 
-One thread drives the engine (`loop.py`); two for each replica store its files and keep its history (`uploader.py`), so that a slow replica holds
-nobody up. What they share is in `board.py`.
+One thread drives the engine (`loop.py`), one for each replica stores its files (`uploader.py`), so that a slow replica holds nobody up; what is due of
+the history is done by a few threads for the whole process (`upkeep.py`). What they share is in `board.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ from replicator.storage import open_client
 from replicator.storage.base import ReplicaClient
 from replicator.tail import WALPosition
 from replicator.takeover import Tenant, seed_table
-from replicator.uploader import KeeperThread, start_thread, waiting_snapshot
+from replicator.upkeep import Keeping, upkeep
+from replicator.uploader import start_thread, waiting_snapshot
 from replicator.waiters import Waiter
 
 __all__ = ["Disturbed", "ReplicaStatus", "Replicator", "Rest", "Status"]
@@ -277,8 +278,8 @@ class Replicator:
             DrillThread(self._engine, self._replicas, self._board, interval_s=verify_interval_s) if verify_interval_s is not None else None
         )
         self._keepers: dict[Replica, Keeper] = {}
-        self._keeper_threads: dict[Replica, KeeperThread] = {}
-        self._threads: list[threading.Thread] = []
+        self._keepings: dict[Replica, Keeping] = {}
+        self._threads: list[threading.Thread | Keeping] = []
         self._closed = False
         self._pid = 0
 
@@ -329,7 +330,7 @@ class Replicator:
             uploader = self._writing.uploader(replica, self._engine, self._board, self._recent, self._images)
             self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind}", uploader.run))
             if history is not None:
-                self._threads.append(start_thread(f"pyrepl {name} {replica.client.kind} history", self._keeping(replica, history)))
+                self._threads.append(self._keep(replica, history))
         if self._drills is not None:
             self._threads.append(start_thread(f"pyrepl {name} drills", self._drills.run))
 
@@ -369,13 +370,9 @@ class Replicator:
                 left = math.inf if end is None else max(0.0, end - time.monotonic())
                 time.sleep(min(left, max(error.wait_s, 0.05), LEASE_POLL_S))
 
-    def _keeping(self, replica: Replica, history: History) -> Callable[[], None]:
-        def run() -> None:
-            with self._board.changed:  # the scratch folder is there once the engine is open
-                self._board.changed.wait_for(lambda: self._board.ends or self._board.state != "starting")
-                if self._board.ends:
-                    return
-            keeper = self._writing.keeper(
+    def _keep(self, replica: Replica, history: History) -> Keeping:
+        def make() -> Keeper:
+            keeper = self._keepers[replica] = self._writing.keeper(
                 replica,
                 history,
                 scratch=self._engine.scratch,
@@ -384,11 +381,11 @@ class Replicator:
                 in_use=planned,
                 stopping=lambda: self._board.ends,
             )
-            self._keepers[replica] = keeper
-            thread = self._keeper_threads[replica] = KeeperThread(keeper, self._board)
-            thread.run()
+            return keeper
 
-        return run
+        keeping = self._keepings[replica] = Keeping(make, replica, history, self._board, upkeep())
+        keeping.start()
+        return keeping
 
     def close(self, timeout_s: float = 30.0, *, retry_interval_s: float = 0.5) -> None:
         """Sync once more, wait until all is stored, and stop. Closing twice does nothing.
@@ -505,7 +502,7 @@ class Replicator:
             for replica, history in zip(self._replicas, self._histories, strict=True):
                 if not replica.online or replica.error or replica.needs_image or replica.txid != board.given_out:
                     return False
-                keeping = self._keeper_threads.get(replica)
+                keeping = self._keepings.get(replica)
                 if history is not None and (keeping is None or (keeping.rests_until or 0.0) < now + quiet_s):
                     return False
             return True
@@ -630,7 +627,7 @@ class Replicator:
         wanted = [replica for replica, history in zip(self._replicas, self._histories, strict=True) if history is not None]
 
         def is_done() -> bool:
-            return all((thread := self._keeper_threads.get(replica)) is not None and thread.is_up_to_date for replica in wanted)
+            return all((thread := self._keepings.get(replica)) is not None and thread.is_up_to_date for replica in wanted)
 
         with self._board.changed:
             self._board.history_is_asked = True

@@ -1,4 +1,8 @@
-"""What the threads of one `Replicator` share, under one condition variable.
+"""What the threads of one `Replicator` share, under one lock.
+
+Who sleeps is woken by `changed.notify_all()`: everybody. What happens for each commit wakes only who has something to do then, because a thread that
+wakes for nothing costs as much as a page that is encoded: the engine's thread waits on `engine`, those of the replicas on `uploads`, all others
+on `changed` itself.
 
 Entries go from the engine's thread to those of the replicas through `_outbox`, in order of TXID. It is bounded: until an entry is stored on one
 replica, or staged, the engine encodes nothing more, and the WAL is the queue.
@@ -47,6 +51,30 @@ class Counts:
     checkpoint_s: float = 0.0
 
 
+class Changed(threading.Condition):
+    """The condition of a board. `notify_all` wakes those who wait on the narrower ones, too.
+
+    `told`: called, with the lock held, whenever those who wait on this condition itself are woken: for who has no thread that could wait. Must be quick.
+    """
+
+    def __init__(self, narrower: Sequence[threading.Condition], lock: threading.RLock) -> None:
+        super().__init__(lock)
+        self.told: list[Callable[[], None]] = []
+        self._narrower = narrower
+
+    def notify_all(self) -> None:
+        """Wake everybody."""
+        self.notify_others()
+        for condition in self._narrower:
+            condition.notify_all()
+
+    def notify_others(self) -> None:
+        """Wake those who wait on this condition itself."""
+        super().notify_all()
+        for tell in self.told:
+            tell()
+
+
 class Board:
     """All methods may be called from any thread. `changed` is the condition: hold it to read several attributes together."""
 
@@ -59,7 +87,9 @@ class Board:
         on_failure: Callable[[ReplicatorError], None] | None = None,
     ) -> None:
         """`on_failure` is called once, by the thread that fails, when replication ends for good."""
-        self.changed = threading.Condition()
+        lock = threading.RLock()
+        self.engine, self.uploads = threading.Condition(lock), threading.Condition(lock)
+        self.changed = Changed((self.engine, self.uploads), lock)
         self.path = path
         self.replicas = replicas
         self.state: State = "stopped"
@@ -112,7 +142,8 @@ class Board:
             self._since[entry.txid] = time.monotonic() if since is None else since
             self._outbox.append(entry)
             self.given_out = entry.txid
-            self.changed.notify_all()
+            self.uploads.notify_all()
+            self.changed.notify_others()
 
     def exchange(self, entry: Entry, staged: Entry) -> bool:
         """Put the staged form in the place of an entry; False when the entry is not needed any more."""
@@ -161,7 +192,10 @@ class Board:
                 dropped.append(self._outbox.popleft())
             for txid in [txid for txid in self._since if txid <= least]:
                 del self._since[txid]
-            self.changed.notify_all()
+            self.engine.notify_all()
+            if len(self.replicas) > 1:  # else it is the only one who calls
+                self.uploads.notify_all()
+            self.changed.notify_others()
         return dropped
 
     def note_stored(self, replica: Replica) -> None:
@@ -228,7 +262,7 @@ class Board:
             self.error = self.gone = None
             self._answered, self._answered_txid = question, txid
             if is_news:  # a look at a database at rest wakes nobody
-                self.changed.notify_all()
+                self.changed.notify_others()
 
     def ask(self, end: float | None, pending: Callable[[], str], *, enough: Callable[[], bool] = lambda: False) -> TXID:
         """Let the engine look at the WAL now; returns the TXID that holds everything committed before the call.
@@ -238,7 +272,7 @@ class Board:
         with self.changed:
             self._asked += 1
             mine = self._asked
-            self.changed.notify_all()
+            self.engine.notify_all()
             self.until(lambda: self._answered >= mine or enough(), end, pending)
             return self._answered_txid
 
@@ -251,7 +285,7 @@ class Board:
             if txid is None:
                 self._asked += 1
                 waiter.question = self._asked
-                self.changed.notify_all()
+                self.engine.notify_all()
             self._waiters[waiter] = None
             self._release_one(waiter)
         return waiter

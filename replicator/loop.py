@@ -67,7 +67,7 @@ class EngineThread:
                     due = self._next_due(now, last_sync, last_news)
                     if due <= now:
                         break
-                    board.changed.wait(due - now)
+                    board.engine.wait(due - now)
                 if board.ends:
                     return
                 # Before looking, never after: what happens from here on must wake us again.
@@ -90,7 +90,7 @@ class EngineThread:
                 board.counts.sync_errors += 1
                 failures += 1
                 with board.changed:
-                    board.changed.wait_for(lambda: board.ends, RETRY_S[min(failures, len(RETRY_S)) - 1])
+                    board.engine.wait_for(lambda: board.ends, RETRY_S[min(failures, len(RETRY_S)) - 1])
                 continue
             failures = 0
             self._full_looks, self._empty_looks = (self._full_looks + 1, 0) if news else (0, self._empty_looks + 1)
@@ -118,7 +118,7 @@ class EngineThread:
         with self._board.changed:
             if not self._woken:
                 self._woken, self._woken_at = True, self._written_at()
-                self._board.changed.notify_all()
+                self._board.engine.notify_all()
 
     def _written_at(self) -> float:
         """Return when the commit was made that an event tells of: the event may come late, and the WAL has a time of its own."""
@@ -212,7 +212,7 @@ class EngineThread:
         while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():
             board.report(StorageUnavailable(f"no replica reachable and the staging folder is full: {board.path}"))
             with board.changed:
-                board.changed.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
+                board.engine.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
             self._raise_if_ended()
 
     def _deliver(self, entry: Entry, since: float) -> Entry:
@@ -224,7 +224,7 @@ class EngineThread:
         board.put(entry, since)
         while not entry.is_staged:
             with board.changed:
-                board.changed.wait_for(lambda: board.is_stored(txid) or board.ends, STAGE_AFTER_S)
+                board.engine.wait_for(lambda: board.is_stored(txid) or board.ends, STAGE_AFTER_S)
                 if board.is_stored(txid):
                     break
             self._raise_if_ended()

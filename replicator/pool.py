@@ -46,13 +46,17 @@ class Pool:
         return self._stuck_s / 4
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Let a thread do a job."""
+        """Let a thread do a job. Raises `RuntimeError`: the system has no more threads; the job is not done then."""
         with self._changed:
             self._jobs.append(job)
             if self._idle >= len(self._jobs):
                 self._changed.notify()
                 return
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except RuntimeError:
+                self._jobs.remove(job)
+                raise
 
     def _work(self) -> None:
         with self._changed:

@@ -1,11 +1,10 @@
-"""The threads of one replica: one stores what the engine hands out, one keeps the history. A slow replica holds nobody else up."""
+"""The thread of one replica, which stores what the engine hands out. A slow replica holds nobody else up."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +16,11 @@ from replicator.errors import LeaseError, ReplicaStateError, ReplicatorError, St
 from replicator.filling import SourceFailed, copy, store_image
 from replicator.format.ltx import TXID
 from replicator.images import Images
-from replicator.keeper import Keeper
-from replicator.levels import next_boundary
 from replicator.outbox import OutFile
 from replicator.recent import RecentFiles
 from replicator.replica import Replica
 
-__all__ = ["KeeperThread", "Uploader"]
+__all__ = ["Uploader", "start_thread", "waiting_snapshot"]
 
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 WRONG_REPLICA_RETRY_S = 300.0
@@ -44,7 +41,7 @@ class Uploader:
         board, replica, failures = self._board, self._replica, 0
         while True:
             with board.changed:
-                board.changed.wait_for(lambda: board.ends or self._work() is not None)
+                board.uploads.wait_for(lambda: board.ends or self._work() is not None)
                 if board.ends:
                     return
                 work = self._work()
@@ -78,7 +75,7 @@ class Uploader:
             self._replica.retries += 1
             began = time.monotonic()
             while not self._board.ends and (left := began + min(delay_s, self._board.retry_s) - time.monotonic()) > 0:
-                self._board.changed.wait(left)
+                self._board.uploads.wait(left)
 
     def _note(self, error: Exception) -> None:
         with self._board.changed:
@@ -132,63 +129,6 @@ class Uploader:
                 raise StorageUnavailable(f"{home.url} must have TXID {image.max_txid:016x} first")
             store_image(self._replica, image, self._engine.scratch)
         self._source_failed = False
-
-
-class KeeperThread:
-    """Run one replica's keeper when something is due, and sleep without end when nothing is."""
-
-    def __init__(self, keeper: Keeper, board: Board) -> None:
-        self._keeper, self._board = keeper, board
-        self._done_for: object = None
-        self._due: float | None = None
-
-    @property
-    def is_up_to_date(self) -> bool:
-        """Whether nothing is due of what the replica holds. What failed is due later, and among the keeper's `problems`."""
-        return self._done_for == self._keeper.progress
-
-    @property
-    def rests_until(self) -> float | None:
-        """Until when nothing is due, at least, in seconds since 1970; None while something is, or before that is known.
-
-        A file that has come since may make something due, but no sooner than what is due already; see `_sleep`.
-        """
-        done_for, due = self._done_for, self._due
-        if done_for is None or (due is None and done_for != self._keeper.progress):
-            return None
-        return math.inf if due is None else due
-
-    def run(self) -> None:
-        """Body of the thread."""
-        board, keeper = self._board, self._keeper
-        replica = keeper.replica
-        with board.changed:
-            board.changed.wait_for(lambda: board.ends or (board.state != "starting" and replica.online))
-        try:
-            while not board.ends:
-                seen, due = keeper.progress, keeper.due()
-                if due is None or due > time.time():
-                    with board.changed:
-                        self._done_for, self._due = seen, due
-                        board.changed.notify_all()
-                if self._sleep(seen, due):
-                    self._done_for = None
-                    keeper.step()
-        except Exception as error:
-            # Without its keeper a replica grows, but it stays right: replication goes on.
-            log.error("the history is not kept any more, by a defect replica=%s", replica.url, exc_info=error)
-            keeper.problems["keeper"] = f"internal error: {error!r}"
-
-    def _sleep(self, seen: object, due: float | None) -> bool:
-        """Sleep until something is due; False when a file has come that may be due for merging before everything else."""
-        board, keeper, interval_s = self._board, self._keeper, self._keeper.history.level_intervals_s[0]
-
-        def is_early() -> bool:
-            early = board.history_is_asked or due is None or due > next_boundary(time.time(), interval_s)
-            return keeper.progress != seen and early
-
-        with board.changed:
-            return not board.changed.wait_for(lambda: board.ends or is_early(), None if due is None else max(0.0, due - time.time()))
 
 
 def waiting_snapshot(images: Images, replica: Replica, board: Board) -> Callable[[TXID], contextlib.AbstractContextManager[OutFile]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from replicator.board import Board
 from replicator.errors import ReplicatorError
 from replicator.format.ltx import TXID
 from replicator.losses import LossWindow
+from tests.e2e.databases import until
 
 
 class Stub(SimpleNamespace):
@@ -82,3 +84,31 @@ def test_failure_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) -> No
     assert told == [error]
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.getMessage() == "replication stopped db=/d/a.db error='over' hint='look at it'"
+
+
+def test_an_entry_wakes_the_replicas_and_a_file_event_only_the_engine() -> None:
+    found, woken, over = board(Stub(txid=TXID(0), online=True)), list[str](), list[bool]()
+
+    def sleep(name: str, condition: threading.Condition) -> None:
+        with found.changed:
+            while not over:
+                condition.wait()
+                woken.append(name)
+
+    conditions = {"engine": found.engine, "uploads": found.uploads, "others": found.changed}
+    threads = [threading.Thread(target=sleep, args=item, daemon=True) for item in conditions.items()]
+    for thread in threads:
+        thread.start()
+    until(lambda: all(condition._waiters for condition in conditions.values()))  # type: ignore[attr-defined]
+    found.put(entry(1))  # type: ignore[arg-type]
+    until(lambda: len(woken) == 2 and all(condition._waiters for condition in conditions.values()))  # type: ignore[attr-defined]
+    assert sorted(woken) == ["others", "uploads"]
+    found.wait_for([], any_of_them=False, txid=None)
+    until(lambda: len(woken) == 3 and found.engine._waiters)  # type: ignore[attr-defined]
+    assert woken[2] == "engine"
+    with found.changed:
+        over.append(True)
+        found.changed.notify_all()
+    for thread in threads:
+        thread.join(10)
+    assert len(woken) == 6
