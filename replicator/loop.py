@@ -59,7 +59,7 @@ class EngineThread:
 
     def _run(self) -> None:
         board, failures = self._board, 0
-        last_sync = last_news = time.monotonic()
+        last_sync = last_news = last_found = time.monotonic()
         while True:
             with board.changed:
                 while not board.ends and not board.is_asked:
@@ -75,7 +75,7 @@ class EngineThread:
                 if woken and self._watch.armed:  # nothing happened before the first event
                     self._clear_at = max(self._clear_at, self._woken_at)
             if self._watch.armed and woken:
-                if not self._at_once or self._full_looks >= BUSY_LOOKS:
+                if self._at_once and self._full_looks >= BUSY_LOOKS:
                     self._watch.disarm()
                 last_news = self.news_at = time.monotonic()
             last_sync = time.monotonic()
@@ -97,6 +97,9 @@ class EngineThread:
             if news:
                 last_news = self.news_at = time.monotonic()
                 self._rested = False
+                if not self._at_once and last_news - last_found <= ARM_S:
+                    self._watch.disarm()  # it is written to all the time: more events than are of use
+                last_found = last_news
             elif (self._at_once or time.monotonic() - last_news > ARM_S) and not self._watch.armed and self._watch.arm():
                 # Look once more: something may have happened before the watch was armed.
                 with board.changed:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import itertools
+import os
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,8 @@ __all__ = ["Changes", "WALFile", "joined"]
 FIRST_READ = 1 << 16
 NEXT_READ = 4 << 20
 KEEP_BYTES = 16 << 20
+SALTS_AT = 8
+_SALTS = struct.Struct(">II")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,8 @@ class WALFile:
             if stop_at is not None:
                 want = min(want, stop_at - offset)
             data = os.pread(self._file, want, offset) if want > 0 else b""
+            if len(data) < size or _SALTS.unpack_from(data, SALTS_AT) != position.salts:
+                break  # what most looks find; the arrays below cost more than all the rest
             found = scan_frames(data, page_size=page_size, salts=position.salts, checksum=checksum, big_endian=big_endian)
             if not len(found):
                 break

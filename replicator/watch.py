@@ -3,8 +3,8 @@
 Whoever is interested subscribes to names in a folder, or to everything in it. A folder is watched as long as somebody is subscribed to it.
 Subscribers are called by the watcher's thread, and must be quick.
 
-A busy writer causes one or two events for each commit, far more than are of use. So a `Watch` on one database is disarmed by its first event:
-from then on its owner polls at its own pace, and arms the watch again when the database has become quiet. Where the folder stays watched for the
+A busy writer causes one or two events for each commit, far more than are of use. So a `Watch` on one database is disarmed by its owner while that
+finds something again and again: it polls at its own pace then, and arms the watch again when the database has become quiet. Where the folder stays watched for the
 sake of others, the thread reads at most once in `PAUSE_S`; meanwhile the system makes one event of equal ones.
 
 **What can be missed.** When the system's queue overflows nobody knows what was in it: every subscriber is called then, once. Where there are no
@@ -327,7 +327,7 @@ class Watch:
     """A watch on one database's `-wal` file, and on the database file itself."""
 
     def __init__(self, path: Path, wake: Callable[[], None]) -> None:
-        """`wake` is called from another thread, once for each time the watch is armed."""
+        """`wake` is called from another thread, for each event while the watch is armed."""
         name = os.fsencode(path.name)
         self._names = (name, name + b"-wal")
         self._folder = path.parent
