@@ -251,7 +251,7 @@ class Replicator:
             raise ConfigError(f"sync must be interval or commit, not {sync!r}")
         if sync == "commit" and sync_interval_s is not None:
             raise ConfigError(f"sync_interval_s goes with sync='interval': {path}")
-        remote = any(client.kind not in ("file", "memory") for client in self._clients)
+        remote = any(map(_is_remote, self._clients))
         interval = sync_interval_s if sync_interval_s is not None else (REMOTE_INTERVAL_S if remote else LOCAL_INTERVAL_S)
         if sync == "commit":
             interval = 0.0
@@ -383,7 +383,7 @@ class Replicator:
             )
             return keeper
 
-        keeping = self._keepings[replica] = Keeping(make, replica, history, self._board, upkeep())
+        keeping = self._keepings[replica] = Keeping(make, replica, history, self._board, upkeep(remote=_is_remote(replica.client)))
         keeping.start()
         return keeping
 
@@ -745,6 +745,10 @@ def _lease_of(lease: bool | Lease | LeaseTerms, home: ReplicaClient) -> tuple[Le
         return None, False
     terms = lease if isinstance(lease, LeaseTerms) else LeaseTerms()
     return Lease(home, owner=terms.owner or None, ttl_s=terms.ttl_s), True
+
+
+def _is_remote(client: ReplicaClient) -> bool:
+    return client.kind not in ("file", "memory")
 
 
 def _has_problem(item: ReplicaStatus) -> bool:

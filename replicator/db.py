@@ -130,6 +130,7 @@ class Database:
         self._pages_past_pin = 0  # how many were read since then; pages that were read twice count twice
         self._doubtful = False
         self._identity = (0, 0)
+        self._wal: WALFile | None = None
         self._wal_identity: tuple[int, int] | None = None
 
     # -- opening and closing -----------------------------------------------------------------------------------------------------
@@ -183,6 +184,9 @@ class Database:
             livefile.release(acquired)
         self._pinned = self._attached = self._restart_allowed = False
         self._doubtful, self._wal_identity = False, None
+        if self._wal is not None:
+            self._wal.close()
+            self._wal = None
 
     @property
     def identity(self) -> livefile.Identity:
@@ -336,16 +340,15 @@ class Database:
 
     @contextlib.contextmanager
     def wal(self) -> Iterator[WALFile | None]:
-        """Open the WAL for reading; None when there is none."""
-        try:
-            wal = WALFile(self._wal_path)
-        except FileNotFoundError:
-            yield None
-            return
-        with wal:
-            if self._wal_identity is None:
-                self._wal_identity = wal.identity
-            yield wal
+        """Give the WAL for reading; None when there is none. It stays open, as in SQLite's own connections; `replaced` says when another stands there."""
+        if self._wal is None:
+            try:
+                self._wal = WALFile(self._wal_path)
+            except FileNotFoundError:
+                yield None
+                return
+            self._wal_identity = self._wal.identity
+        yield self._wal
 
     def observe(self, position: WALPosition, wal: WALFile | None) -> Decision:
         """Compare the WAL with the position of the last sync."""

@@ -55,7 +55,7 @@ __all__ = ["Engine", "NotSynced"]
 MAX_SYNC_BYTES = 64 << 20
 READ_BYTES = 1 << 20
 CLOCK_BACK_MS = 60_000
-KNOWN_EVERY_S = 5.0
+KNOWN_EVERY_S = 30.0
 MAX_PASSES = 3
 
 log = logging.getLogger(__name__)

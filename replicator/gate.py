@@ -20,8 +20,8 @@ from types import TracebackType
 
 __all__ = ["Gate", "gate"]
 
-PLACES = 4
-LATE_S = 0.5
+PLACES = 2
+LATE_S = 0.1
 
 
 class Gate:
@@ -53,9 +53,12 @@ class Gate:
                 return
             turn = threading.Lock()
             turn.acquire()
+            # If all who are inside and before it take too long, it is its turn by then: of a thousand that wait few wake for nothing.
+            patience_s = self._late_s * (1 + len(self._queue) / self._places)
             self._queue.append((me, turn))
         try:
-            while not turn.acquire(timeout=self._late_s):
+            while not turn.acquire(timeout=patience_s):
+                patience_s = self._late_s
                 self._pass_over_late()
         except BaseException:  # an interrupt
             with self._lock:

@@ -29,6 +29,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,8 @@ ENTRIES_AT = 4096
 ENTRY_SIZE = 8
 MIN_GROWTH, MAX_GROWTH = 1 << 12, 1 << 20
 BATCH = 1 << 16
+FEW_PAGES = 16
+_ENTRY = struct.Struct("<Q")
 _SLOT = struct.Struct("<8sQ16sQIIQqQQIIqIII")
 
 
@@ -191,6 +194,8 @@ class PageTable:
 
     def xor_after(self, pgnos: Pgnos, checksums: Checksums, *, commit: int) -> int:
         """Return the XOR that `apply` with the same arguments leads to."""
+        if len(pgnos) <= FEW_PAGES and commit >= self.state.commit:
+            return self._xor_after_few(pgnos.tolist(), checksums.tolist())
         import numpy as np
 
         old = self.state
@@ -203,6 +208,15 @@ class PageTable:
             # `pgnos` has none beyond `commit`, so that no page is taken out twice.
             xor ^= int(np.bitwise_xor.reduce(entries[commit:]))
         del entries
+        return xor
+
+    def _xor_after_few(self, pgnos: Sequence[int], checksums: Sequence[int]) -> int:
+        """The same for a few pages of a database that does not shrink: arrays would cost more than what is in them."""
+        xor, have = self.state.xor, self.state.commit
+        for pgno, checksum in zip(pgnos, checksums, strict=True):
+            xor ^= checksum
+            if pgno <= have:
+                xor ^= _ENTRY.unpack_from(self._map, ENTRIES_AT + (pgno - 1) * ENTRY_SIZE)[0]
         return xor
 
     def move(self, position: WALPosition) -> None:
@@ -235,9 +249,13 @@ class PageTable:
         self._map = mmap.mmap(self._file, size)
 
     def _store(self, pgnos: Pgnos, checksums: Checksums, commit: int) -> None:
+        self._reserve(commit)
+        if len(pgnos) <= FEW_PAGES:
+            for pgno, checksum in zip(pgnos.tolist(), checksums.tolist(), strict=True):
+                _ENTRY.pack_into(self._map, ENTRIES_AT + (pgno - 1) * ENTRY_SIZE, checksum)
+            return
         import numpy as np
 
-        self._reserve(commit)
         entries = np.frombuffer(self._map, dtype="<u8", offset=ENTRIES_AT).view()
         for start in range(0, len(pgnos), BATCH):
             entries[pgnos[start : start + BATCH].astype(np.int64) - 1] = checksums[start : start + BATCH]

@@ -26,7 +26,8 @@ from replicator.replica import Replica
 
 __all__ = ["Keeping", "Upkeep", "upkeep"]
 
-AT_ONCE = 2
+AT_ONCE, AT_ONCE_REMOTE = 2, 16
+"""Visits side by side. Those of a directory are work for this machine; those of a store mostly wait for it."""
 NO_THREAD_RETRY_S = 1.0
 SPARE = 64
 
@@ -238,17 +239,22 @@ class Upkeep:
                 self._changed.notify_all()
 
 
-_shared = Upkeep()
+_shared: dict[bool, Upkeep] = {}
+_shared_lock = threading.Lock()
 
 
-def upkeep() -> Upkeep:
-    """Return the one of this process."""
-    return _shared
+def upkeep(*, remote: bool) -> Upkeep:
+    """Return the one of this process for its directories, or for its stores elsewhere."""
+    with _shared_lock:
+        if remote not in _shared:
+            _shared[remote] = Upkeep(at_once=AT_ONCE_REMOTE if remote else AT_ONCE)
+        return _shared[remote]
 
 
 def _in_child() -> None:
-    global _shared
-    _shared = Upkeep()  # its threads are the parent's
+    global _shared_lock
+    _shared.clear()  # their threads are the parent's
+    _shared_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_in_child)

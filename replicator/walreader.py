@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import itertools
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +130,10 @@ class WALFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; once."""
         os.close(self._file)
 
     def flush(self) -> None:
@@ -223,7 +225,8 @@ class WALFile:
         self.wrong_frame = following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
         if not committed:
             return None
-        pgnos, commits, checksums = (np.concatenate([part[i] for part in parts])[:committed] for i in range(3))
+        pgnos, commits, checksums = parts[0] if len(parts) == 1 else (np.concatenate([part[i] for part in parts]) for i in range(3))
+        pgnos, commits, checksums = pgnos[:committed], commits[:committed], checksums[:committed]
         commit = int(commits[-1])
         distinct, index = newest_frames(pgnos, commit)
         end = WALPosition(position.salts, position.offset + committed * size, (int(checksums[-1][0]), int(checksums[-1][1])))

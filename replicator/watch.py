@@ -5,7 +5,8 @@ Subscribers are called by the watcher's thread, and must be quick.
 
 A busy writer causes one or two events for each commit, far more than are of use. So a `Watch` on one database is disarmed by its owner while that
 finds something again and again: it polls at its own pace then, and arms the watch again when the database has become quiet. Where the folder stays watched for the
-sake of others, the thread reads at most once in `PAUSE_S`; meanwhile the system makes one event of equal ones.
+sake of others, the thread reads at most once in `PAUSE_S`, and in `BUSY_PAUSE_S` while there are events of several folders; meanwhile the system makes one
+event of equal ones. A commit is several writes: before each reading there is time for all of them, so that it is told once.
 
 **What can be missed.** When the system's queue overflows nobody knows what was in it: every subscriber is called then, once. Where there are no
 events to be had (no inotify, no watches left), `subscribe` says so, once in the log, and its caller polls.
@@ -32,7 +33,8 @@ __all__ = ["EVERYTHING", "Subscription", "Watch", "Watcher", "watcher"]
 EVERYTHING = b""
 """A subscription to this name is called for all that happens in the folder, and to the folder itself."""
 
-PAUSE_S = 0.002
+SETTLE_S = 0.001
+PAUSE_S, BUSY_PAUSE_S = 0.002, 0.008
 LIMITS = (errno.EAGAIN, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSYS)
 
 log = logging.getLogger(__name__)
@@ -230,11 +232,16 @@ class _Inotify:
         poll = select.poll()
         for file in (self._inotify.file, self._ends):
             poll.register(file, select.POLLIN)
+        before = frozenset[int]()
         try:
             while not any(file == self._ends for file, _ in poll.poll()):
-                for event in self._inotify.read():
+                time.sleep(SETTLE_S)
+                events = list(self._inotify.read())
+                for event in events:
                     seen(event.watch, event.mask, event.name)
-                time.sleep(PAUSE_S)
+                folders = frozenset(event.watch for event in events)
+                time.sleep(BUSY_PAUSE_S if len(folders | before) > 1 else PAUSE_S)
+                before = folders
         finally:
             self._inotify.close()
             os.close(self._ends)

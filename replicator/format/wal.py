@@ -44,6 +44,8 @@ WAL_HEADER_SIZE = 32
 FRAME_HEADER_SIZE = 24
 MAGIC = 0x377F0682
 VERSION = 3007000
+FEW_FRAMES = 8
+"""So many are looked at one by one: arrays cost more than what is in them."""
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
 
@@ -158,6 +160,30 @@ def scan_frames(data: bytes | memoryview, *, page_size: int, salts: tuple[int, i
 
     size = FRAME_HEADER_SIZE + page_size
     count = len(data) // size
+    few: list[tuple[int, ...]] = []
+    for at in range(0, min(count, FEW_FRAMES + 1) * size, size):
+        fields = _FRAME.unpack_from(data, at)
+        if fields[2:4] != salts or not fields[0]:
+            break
+        few.append(fields)
+    if len(few) > FEW_FRAMES:
+        return _scan_many(data, count, page_size=page_size, salts=salts, checksum=checksum, big_endian=big_endian)
+    sums = frame_checksums(memoryview(data), len(few), page_size, *checksum, big_endian=big_endian)
+    good = 0
+    for fields, sum_ in zip(few, sums.tolist(), strict=True):
+        if list(fields[4:]) != sum_:
+            break
+        good += 1
+    pgnos = np.array([fields[0] for fields in few[:good]], dtype=np.uint32)
+    return Frames(pgnos, np.array([fields[1] for fields in few[:good]], dtype=np.uint32), sums[:good])
+
+
+def _scan_many(
+    data: bytes | memoryview, count: int, *, page_size: int, salts: tuple[int, int], checksum: tuple[int, int], big_endian: bool
+) -> Frames:
+    import numpy as np
+
+    size = FRAME_HEADER_SIZE + page_size
     rows = np.frombuffer(data, dtype=np.uint8, count=count * size).reshape(count, size)
     fields = np.ascontiguousarray(rows[:, :FRAME_HEADER_SIZE]).view(">u4").astype(np.uint32)
     plausible = (fields[:, 2] == salts[0]) & (fields[:, 3] == salts[1]) & (fields[:, 0] != 0)
@@ -173,6 +199,10 @@ def newest_frames(pgnos: NDArray[np.uint32], limit: int) -> tuple[NDArray[np.uin
     """Return the distinct page numbers up to `limit` in ascending order, and the index of the last frame of each."""
     import numpy as np
 
+    if len(pgnos) <= FEW_FRAMES:
+        newest = {pgno: at for at, pgno in enumerate(pgnos.tolist()) if pgno <= limit}
+        ordered = sorted(newest)
+        return np.array(ordered, dtype=np.uint32), np.array([newest[pgno] for pgno in ordered], dtype=np.intp)
     distinct, index = np.unique(pgnos[::-1], return_index=True)
     inside = distinct <= limit
     return distinct[inside], len(pgnos) - 1 - index[inside]
