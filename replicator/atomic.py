@@ -18,6 +18,8 @@ import fcntl
 import os
 import secrets
 import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,11 +53,20 @@ class AtomicFile:
         mode: permissions before the umask. 0600: a copy of a database is as secret as the database.
         overwrite: replace what stands at `path`; else `FileExistsError` when the block ends.
         mtime_ns: modification time, set before the file gets its name.
+        waiting: makes a context manager that is entered while the disk is waited for.
     """
 
-    def __init__(self, path: str | Path, *, mode: int = 0o600, overwrite: bool = True, mtime_ns: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        mode: int = 0o600,
+        overwrite: bool = True,
+        mtime_ns: int | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self.path = Path(path)
-        self._mode, self._overwrite, self._mtime_ns = mode, overwrite, mtime_ns
+        self._mode, self._overwrite, self._mtime_ns, self._waiting = mode, overwrite, mtime_ns, waiting
         self._directory = self._file = -1
         self._name = ""
 
@@ -108,19 +119,27 @@ class AtomicFile:
         try:
             if self._mtime_ns is not None:
                 os.utime(self._file, ns=(self._mtime_ns, self._mtime_ns))
-            sync_file(self._file)
+            with self._waiting():
+                sync_file(self._file)
             _give_name(self._name, self.path.name, self._directory, overwrite=self._overwrite)
         except BaseException:
             _unlink_missing_ok(self._name, self._directory)
             raise
-        sync_file(self._directory)
+        with self._waiting():
+            sync_file(self._directory)
 
 
 def write_file(
-    path: str | Path, data: bytes | bytearray | memoryview, *, mode: int = 0o600, overwrite: bool = True, mtime_ns: int | None = None
+    path: str | Path,
+    data: bytes | bytearray | memoryview,
+    *,
+    mode: int = 0o600,
+    overwrite: bool = True,
+    mtime_ns: int | None = None,
+    waiting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> None:
     """Write a whole file durably. See `AtomicFile` for the arguments."""
-    with AtomicFile(path, mode=mode, overwrite=overwrite, mtime_ns=mtime_ns) as file:
+    with AtomicFile(path, mode=mode, overwrite=overwrite, mtime_ns=mtime_ns, waiting=waiting) as file:
         file.write(data)
 
 

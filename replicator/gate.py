@@ -23,62 +23,83 @@ __all__ = ["Gate", "gate"]
 PLACES = 2
 LATE_S = 0.1
 
+_Turn = tuple[int, threading.Lock]
+
 
 class Gate:
-    """A context manager for any number of threads: `with gate: ...` waits for a place. One thread has one place at a time."""
+    """A context manager for any number of threads: `with gate: ...` waits for a place. One thread has one place at a time.
+
+    Attributes:
+        first: the same, for what ends something that was begun. It comes before all that would begin something: there is never more of it than that.
+    """
 
     def __init__(self, places: int = PLACES, *, late_s: float = LATE_S) -> None:
+        self.first = _First(self)
         self._places, self._late_s = places, late_s
         self._lock = threading.Lock()
         self._inside: dict[int, float] = {}
         """The threads that count, and since when."""
-        self._queue: deque[tuple[int, threading.Lock]] = deque()
+        self._ending: deque[_Turn] = deque()
+        self._beginning: deque[_Turn] = deque()
 
     @property
     def waiting(self) -> int:
         """How many threads wait for a place."""
-        return len(self._queue)
+        return len(self._ending) + len(self._beginning)
 
     @property
     def is_inside(self) -> bool:
         """Whether the calling thread has a place that counts."""
         return threading.get_ident() in self._inside
 
-    def __enter__(self) -> None:
+    def enter(self, *, first: bool) -> None:
+        """Wait for a place. `leave` it in the end."""
         me = threading.get_ident()
         with self._lock:
             assert me not in self._inside, "a thread has one place at a time"
-            if len(self._inside) < self._places and not self._queue:
+            if len(self._inside) < self._places and not self.waiting:
                 self._inside[me] = time.monotonic()
                 return
             turn = threading.Lock()
             turn.acquire()
             # If all who are inside and before it take too long, it is its turn by then: of a thousand that wait few wake for nothing.
-            patience_s = self._late_s * (1 + len(self._queue) / self._places)
-            self._queue.append((me, turn))
+            patience_s = self._late_s * (1 + self.waiting / self._places)
+            queue = self._ending if first else self._beginning
+            queue.append((me, turn))
         try:
             while not turn.acquire(timeout=patience_s):
                 patience_s = self._late_s
                 self._pass_over_late()
         except BaseException:  # an interrupt
             with self._lock:
-                if (me, turn) in self._queue:
-                    self._queue.remove((me, turn))
+                if (me, turn) in queue:
+                    queue.remove((me, turn))
                 else:
                     self._leave(me)
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+    def leave(self) -> None:
+        """Let the next one in."""
         with self._lock:
             self._leave(threading.get_ident())
+
+    def aside(self) -> _Aside:
+        """Return a context manager that gives the place back, for as long as something is waited for; nothing for a thread that has none."""
+        return _Aside(self)
+
+    def __enter__(self) -> None:
+        self.enter(first=False)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        self.leave()
 
     def _leave(self, thread: int) -> None:
         self._inside.pop(thread, None)  # one that was late does not count any more
         self._admit()
 
     def _admit(self) -> None:
-        while self._queue and len(self._inside) < self._places:
-            thread, turn = self._queue.popleft()
+        while len(self._inside) < self._places and (queue := self._ending or self._beginning):
+            thread, turn = queue.popleft()
             self._inside[thread] = time.monotonic()
             turn.release()
 
@@ -88,6 +109,35 @@ class Gate:
             for thread in [thread for thread, began in self._inside.items() if began <= limit]:
                 del self._inside[thread]
             self._admit()
+
+
+class _First:
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.enter(first=True)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        self._gate.leave()
+
+
+class _Aside:
+    __slots__ = ("_gate", "_was_inside")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._was_inside = self._gate.is_inside
+        if self._was_inside:
+            self._gate.leave()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
+        if self._was_inside:
+            self._gate.enter(first=True)
 
 
 _shared = Gate()

@@ -179,7 +179,7 @@ class Keeper:
     def _compact(self, task: Compact) -> None:
         try:
             # What needs no store is work of this process alone, and that of a thousand databases is due at the same time.
-            with gate() if all(self._recent.get(info) is not None for info in task.inputs) else nullcontext():
+            with gate().first if all(self._recent.get(info) is not None for info in task.inputs) else nullcontext():
                 done = compact(task.inputs, task.level, self._read, self._scratch)
         except ObjectNotFound:
             self.unsound += 1

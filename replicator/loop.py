@@ -169,7 +169,7 @@ class EngineThread:
             news = True
             board.counts.wal_bytes += sum(file.size for file in entry.files)
             entry = self._deliver(entry, self._clear_at)
-            with gate():
+            with gate().first:
                 self._settle(entry)
                 if self._is_done(question, looked_at):
                     return news

@@ -15,6 +15,7 @@ from replicator.engine import Engine
 from replicator.errors import LeaseError, ReplicaStateError, ReplicatorError, StorageUnavailable
 from replicator.filling import SourceFailed, copy, store_image
 from replicator.format.ltx import TXID
+from replicator.gate import gate
 from replicator.images import Images
 from replicator.outbox import OutFile
 from replicator.recent import RecentFiles
@@ -108,7 +109,9 @@ class Uploader:
         return self._store_image if board.given_out > replica.txid else None
 
     def _store(self, entry: Any) -> None:
-        self._replica.store(entry.files, entry.txid)
+        # For a directory nobody is waited for but the disk, and there the place is left (`storage/file.py`).
+        with gate().first if self._replica.client.kind == "file" else contextlib.nullcontext():
+            self._replica.store(entry.files, entry.txid)
         for file in entry.files:
             if isinstance(file.body, bytes):
                 self._recent.add(file.level, file.min_txid, file.max_txid, file.body)

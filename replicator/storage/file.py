@@ -31,6 +31,7 @@ from replicator.atomic import AtomicFile, is_temporary, link_file, make_director
 from replicator.errors import AccessDenied, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
 from replicator.format.ltx import TXID, FileInfo
 from replicator.format.v3 import GENERATIONS
+from replicator.gate import gate
 from replicator.storage.base import (
     FROM_START,
     LITESTREAM,
@@ -370,7 +371,7 @@ def _store(body: Body, path: Path, *, overwrite: bool, mtime_ns: int) -> int:
                 raise
         with AtomicFile(path, overwrite=overwrite, mtime_ns=mtime_ns) as file:
             return _copy(body, file.fileno())
-    write_file(path, body, overwrite=overwrite, mtime_ns=mtime_ns)
+    write_file(path, body, overwrite=overwrite, mtime_ns=mtime_ns, waiting=gate().aside)
     return memoryview(body).nbytes
 
 
