@@ -110,7 +110,8 @@ class Uploader:
 
     def _store(self, entry: Any) -> None:
         # For a directory nobody is waited for but the disk, and there the place is left (`storage/file.py`).
-        with gate().first if self._replica.client.kind == "file" else contextlib.nullcontext():
+        is_work = self._replica.client.kind == "file" and all(isinstance(file.body, bytes) for file in entry.files)
+        with gate().first if is_work else contextlib.nullcontext():
             self._replica.store(entry.files, entry.txid)
         for file in entry.files:
             if isinstance(file.body, bytes):

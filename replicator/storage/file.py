@@ -138,7 +138,6 @@ class FileClient:
         if isinstance(body, Path):
             os.stat(body)  # a body that is missing is the caller's error, not the replica's
         with _translated(path):
-            self._sweep_once()
             self._prepare(level)
             try:
                 size = _store(body, path, overwrite=not if_absent, mtime_ns=timestamp_ms * 1_000_000)
@@ -260,9 +259,14 @@ class FileClient:
             self._swept = True
 
     def _prepare(self, level: int) -> None:
-        """Make the folder of a level, once for each client and level."""
+        """Sweep, and make the folder of a level, once for each client and level."""
         if level in self._prepared:
             return
+        with gate().aside():  # a dozen times the disk is waited for
+            self._sweep_once()
+            self._make(level)
+
+    def _make(self, level: int) -> None:
         with self._prepare_lock:
             folder = self.level_path(level)
             make_directories(folder)

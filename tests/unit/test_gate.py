@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import replicator.atomic
 import replicator.gate
 from replicator import Replicator
 from replicator.engine import Engine
@@ -23,14 +25,15 @@ from tests.e2e.databases import connect, insert, until
 class Visitor:
     """A thread that enters, says so, and stays until it may leave."""
 
-    def __init__(self, gate: Gate, log: list[str], name: str) -> None:
+    def __init__(self, gate: Gate, log: list[str], name: str, *, first: bool = False) -> None:
         self.leave, self.inside = threading.Event(), threading.Event()
-        self._gate, self._log, self._name = gate, log, name
+        self._place = gate.first if first else gate
+        self._log, self._name = log, name
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        with self._gate:
+        with self._place:
             self._log.append(self._name)
             self.inside.set()
             assert self.leave.wait(20)
@@ -94,6 +97,34 @@ def test_what_takes_too_long_keeps_nobody_out() -> None:
     assert log == ["slow", "other", "third"]
 
 
+def test_what_ends_something_comes_before_all_that_would_begin_something() -> None:
+    gate, log = Gate(1, late_s=30), list[str]()
+    visitors = [Visitor(gate, log, "inside")]
+    assert visitors[0].inside.wait(10)
+    for count, (name, first) in enumerate([("begins", False), ("ends", True), ("begins too", False), ("ends too", True)], start=1):
+        visitors.append(Visitor(gate, log, name, first=first))
+        until(partial(stand_in_line, gate, count))
+    for visitor in visitors:
+        visitor.leave.set()
+    for visitor in visitors:
+        visitor.thread.join(10)
+    assert log == ["inside", "ends", "ends too", "begins", "begins too"]
+
+
+def test_who_waits_for_something_else_steps_aside() -> None:
+    gate, log = Gate(1, late_s=30), list[str]()
+    with gate:
+        with gate.aside():
+            assert not gate.is_inside
+            other = Visitor(gate, log, "other")
+            assert other.inside.wait(10)
+            other.leave.set()
+        assert gate.is_inside
+    with gate.aside():  # who has no place gets none
+        assert not gate.is_inside
+    assert not gate.is_inside
+
+
 class Hanging(MemoryClient):
     """A store that does not answer a put before it may."""
 
@@ -123,6 +154,33 @@ def test_a_store_that_hangs_holds_no_place(tmp_path: Path, monkeypatch: pytest.M
             assert time.monotonic() - began < 10
         finally:
             hanging.answer.set()
+
+
+def test_a_disk_that_hangs_holds_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicator.gate, "_shared", Gate(1, late_s=30))
+    asked, answer, inside, sync_file = threading.Event(), threading.Event(), list[bool](), replicator.atomic.sync_file
+
+    def slow(file: int) -> None:
+        if "/slow/ltx" in os.readlink(f"/proc/self/fd/{file}"):
+            asked.set()
+            assert answer.wait(30)
+        if "/fast/ltx" in os.readlink(f"/proc/self/fd/{file}"):
+            inside.append(replicator.gate.gate().is_inside)
+        sync_file(file)
+
+    monkeypatch.setattr(replicator.atomic, "sync_file", slow)
+    for name in ("slow", "fast"):
+        connection = connect(tmp_path / f"{name}.db")
+        insert(connection, 1)
+        connection.close()
+    with Replicator(tmp_path / "slow.db", f"file://{tmp_path}/slow"), Replicator(tmp_path / "fast.db", f"file://{tmp_path}/fast") as fast:
+        try:
+            assert asked.wait(10)
+            assert fast.wait(timeout_s=20) == 1
+        finally:
+            answer.set()
+    assert inside
+    assert not any(inside)
 
 
 def test_writers_are_locked_out_only_by_who_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
