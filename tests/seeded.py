@@ -67,12 +67,26 @@ MUTANTS = [
         "tests/crash/test_killed_at_each_step.py::test_killed", (1,),
     ),
     Mutant(
-        "a file is named before it is synced", "atomic.py", "            sync_file(self._file)\n            _give_name", "            _give_name",
+        "a file is named before it is synced", "atomic.py", "                sync_file(self._file)\n", "                pass\n",
         f"{POWER}::test_an_atomic_write_leaves_the_old_file_or_the_new_one", (2,),
     ),
     Mutant(
-        "a name is not synced", "atomic.py", "            raise\n        sync_file(self._directory)", "            raise",
+        "a name is not synced", "atomic.py", "            sync_file(self._directory)\n\n\ndef write_file", "            pass\n\n\ndef write_file",
         f"{POWER}::test_an_atomic_write_leaves_the_old_file_or_the_new_one", (2,),
+    ),
+    Mutant(
+        "any number of threads work on databases at once", "gate.py", "len(self._inside) < self._places and not self.waiting", "True",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "writers are locked out by who has no place", "loop.py", "            with gate():\n", "            if True:\n", "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "a disk that hangs holds a place", "storage/file.py", "waiting=gate().aside", "waiting=contextlib.nullcontext", "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "a file that comes while a keeper looks is overlooked", "upkeep.py", "return 0.0 if self._is_early() else due", "return due",
+        "tests/unit/test_upkeep.py",
     ),
     Mutant(
         "a damaged page table is trusted", "pagetable.py", "return self._xor(self.state.commit) == self.state.xor", "return True",
