@@ -112,8 +112,8 @@ class Keeping:
         with board.changed:
             self._seen = self._done_for = seen
             self._due = due
-            board.changed.notify_others()
-            return 0.0 if self._is_early() else due  # a file may have come since it looked
+            board.changed.notify_others()  # calls `_tell`, too: a file may have come since it looked
+            return due
 
     def _can_begin(self) -> bool:
         return self._board.state != "starting" and self._replica.online  # the scratch folder is there once the engine is open

@@ -85,7 +85,7 @@ MUTANTS = [
         "a disk that hangs holds a place", "storage/file.py", "waiting=gate().aside", "waiting=contextlib.nullcontext", "tests/unit/test_gate.py",
     ),
     Mutant(
-        "a file that comes while a keeper looks is overlooked", "upkeep.py", "return 0.0 if self._is_early() else due", "return due",
+        "a file that comes while a keeper looks is overlooked", "upkeep.py", "self._working[keeping] = True", "pass",
         "tests/unit/test_upkeep.py",
     ),
     Mutant(
