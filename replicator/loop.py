@@ -137,9 +137,11 @@ class EngineThread:
             return last_sync + (min(FIRST_PAUSE_S * 2**excess, LAST_PAUSE_S) if (excess := self._empty_looks - FREE_LOOKS) >= 0 else 0.0)
         if self._woken:
             return last_sync + self._interval
+        if self._engine.is_checkpointing and now - last_news <= QUIET_S:
+            return last_sync + RESTART_PAUSE_S
         if self._watch.armed:
             return last_sync + IDLE_POLL_S if self._rested else max(last_news + QUIET_S, last_sync) + self._interval
-        if self._engine.is_checkpointing or (self._engine.is_pin_low and self._restart_looks):
+        if self._engine.is_pin_low and self._restart_looks:
             return last_sync + RESTART_PAUSE_S
         return last_sync + (max(self._interval, 0.01) if now - last_news <= QUIET_S or self._watch.works else self._poll)
 
