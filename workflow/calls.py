@@ -271,7 +271,7 @@ class Calls(Recording):
             assert call.signature is not None
             args, kwargs = call.signature.decode(call.input, self.reader)
             if step.tx:
-                await self._in_transaction(entry, step, info, args, kwargs)
+                await self._in_transaction(entry, step, info, began, args, kwargs)
                 return None
             if step.is_async:
                 value = await self._in_task(step, info, args, kwargs)
@@ -293,14 +293,14 @@ class Calls(Recording):
         finally:
             self._running -= 1
         self._check_broken()
-        self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, info, began)])
+        self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, self._number + 1, info, began)])
         return None
 
-    def _extras(self, record: Record, info: Attempt, began: datetime) -> list[Write]:
-        """Return what is committed with a successful attempt: the state that it wrote, and what it used."""
+    def _extras(self, record: Record, number: int, info: Attempt, began: datetime) -> list[Write]:
+        """Return what is committed with a successful attempt, which has or gets a number: the state that it wrote, and what it used."""
         writes = [jr.put_state(record.seq, name, value) for name, value in info.state.items()]
         if info.state:
-            self._state[self._number + 1] = list(info.state.items())
+            self._state[number] = list(info.state.items())
         if info.usage or record.kind in ("llm", "tool", "http"):
             usage = encode(info.usage, "usage")[0] if info.usage else None
             writes.append(
@@ -365,7 +365,7 @@ class Calls(Recording):
             self._late.append(jr.put_late(seq, attempt, text))
 
     async def _in_transaction(
-        self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, entry: Entry, step: Step[..., Any], info: Attempt, began: datetime, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a body with the instance's own connection; what it writes and the record are one transaction."""
         context = contextvars.copy_context()
@@ -382,13 +382,7 @@ class Calls(Recording):
             entry.value = decode(entry.call.result, text, f"result of {step.name}", self.reader)
             entry.has_value = True
             record.output = text
-            return [jr.put_step(record), *extras()]
-
-        def extras() -> list[Write]:
-            writes = [jr.put_state(record.seq, name, value) for name, value in info.state.items()]
-            if info.state:
-                self._state[slot.number] = list(info.state.items())
-            return [*writes, *progress]
+            return [jr.put_step(record), *self._extras(record, slot.number, info, began), *progress]
 
         progress, self._unwritten = [*self._unwritten, *self._progress()], []
         slot = self._reserve(record)

@@ -327,6 +327,35 @@ async def test_a_transaction_that_takes_too_long_is_rolled_back(engine: Engine) 
     assert await (await engine.start(endless_transaction)).result() == "TimeoutError 1"
 
 
+@step(tx=True)
+def books_and_says(db: sqlite3.Connection, what: str) -> int:
+    db.execute("CREATE TABLE bookings(what TEXT)")
+    step.usage(cost=3)
+    return db.execute("INSERT INTO bookings VALUES(?)", (what,)).rowcount
+
+
+@flow
+async def transaction_with_usage() -> int:
+    return int(await books_and_says("tea"))
+
+
+def test_what_a_transaction_used_is_committed_with_it(tmp_path: Path) -> None:
+    seen: list[tuple[int, list[tuple[str, str]]]] = []
+
+    def after(id: str, when: str) -> None:
+        if when == "after" and id:
+            with contextlib.closing(sqlite3.connect(tmp_path / f"{id}.db")) as db:
+                (count,) = db.execute("SELECT count(*) FROM wf_steps WHERE kind = 'tx' AND status = 'done'").fetchone()
+                seen.append((count, db.execute("SELECT outcome, usage FROM wf_attempts").fetchall()))
+
+    async def run() -> None:
+        async with virtual_engine(tmp_path, faults=after) as engine:
+            assert await (await engine.start(transaction_with_usage)).result() == 1
+
+    asyncio.run(run())
+    assert seen[0] == (1, [("done", '{"cost":3}')])  # its first commit; the next is the run's end
+
+
 @flow
 async def races(seconds: list[float]) -> list[str]:
     """What each branch sees of the others becomes input of its next step: on replay that must be the same, or the run diverges."""
