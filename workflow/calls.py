@@ -24,10 +24,11 @@ from workflow.errors import (
     Parked,
 )
 from workflow.journal import Event, Write
+from workflow.lanes import settle
 from workflow.objects import INLINE_BYTES
-from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, error_text, failure_text
+from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, Wait, error_text, failure_text
 from workflow.state import Record, after_failure, child_id, remaining_wait_s
-from workflow.values import decode, encode, iso, loads
+from workflow.values import decode, encode, is_same, iso, loads
 
 __all__ = ["LIVE", "Calls"]
 
@@ -268,8 +269,7 @@ class Calls(Recording):
         began = self._services.clock.now()
         self._running += 1
         try:
-            assert call.signature is not None
-            args, kwargs = call.signature.decode(call.input, self.reader)
+            args, kwargs = (call.given, {}) if call.given is not None else step.signature.decode(call.input, self.reader)
             if step.tx:
                 await self._in_transaction(entry, step, info, began, args, kwargs)
                 return None
@@ -280,7 +280,7 @@ class Calls(Recording):
             self._check()
             text, artifacts = encode(value, f"result of {step.name}", self.id)
             output, sha256, writes = await self._keep(text, artifacts, record.seq)
-            entry.value = decode(call.result, text, f"result of {step.name}", self.reader)
+            entry.value = value if is_same(call.result, value) else decode(call.result, text, f"result of {step.name}", self.reader)
             entry.has_value = True
         except _Timeout:
             return "timeout", TimeoutError(f"no answer in {step.timeout_s} s"), iso(began), info.usage
@@ -293,7 +293,9 @@ class Calls(Recording):
         finally:
             self._running -= 1
         self._check_broken()
-        self._finish(entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, self._number + 1, info, began)])
+        self._finish(
+            entry, "done", output=output, output_sha256=sha256, writes=[*writes, *self._extras(record, self._number + 1, info, began)]
+        )
         return None
 
     def _extras(self, record: Record, number: int, info: Attempt, began: datetime) -> list[Write]:
@@ -341,24 +343,35 @@ class Calls(Recording):
     async def _in_thread(self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context = contextvars.copy_context()
         context.run(here.set, info)
-        future = self._loop.run_in_executor(self._services.bodies, partial(context.run, step.function, *args, **kwargs))
+        future = Wait[Any](loop=self._loop)
+        is_over = False
+
+        def end(value: Any, error: BaseException | None) -> None:
+            if is_over or future.cancelled():
+                self._on_late(record.seq, attempt, error)
+            if error is None and not future.done():
+                future.go_on(value)
+            else:
+                settle(future, value, error)
+
+        record, attempt = entry.record, entry.record.attempts
+        self._services.bodies.give(end, context.run, partial(step.function, *args, **kwargs))
+        if step.timeout_s is None:
+            return await future
         try:
-            done, _ = await asyncio.wait({future}, timeout=step.timeout_s)
+            await asyncio.wait({future}, timeout=step.timeout_s)
         except asyncio.CancelledError:
-            future.add_done_callback(partial(self._on_late, entry.record.seq, entry.record.attempts), context=self._outside)
+            is_over = True
             raise
-        if done:
+        if future.done():
             return future.result()
-        future.add_done_callback(partial(self._on_late, entry.record.seq, entry.record.attempts), context=self._outside)
-        if not step.overlap and step.retry.attempts > entry.record.attempts:
+        is_over = True
+        if not step.overlap and step.retry.attempts > attempt:
             await asyncio.wait({future})  # it keeps its place until its thread ends
         raise _Timeout
 
-    def _on_late(self, seq: int, attempt: int, future: asyncio.Future[Any]) -> None:
+    def _on_late(self, seq: int, attempt: int, error: BaseException | None) -> None:
         """A plain function ended after its time: note it, discard what it returned."""
-        if future.cancelled():
-            return
-        error = future.exception()
         log.warning("late result discarded id=%s seq=%d attempt=%d error=%r", self.id, seq, attempt, error)
         if not self._unwinding and self._root is not None:
             text = f"{self._now()} {'returned' if error is None else f'raised {type(error).__name__}'}"

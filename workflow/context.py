@@ -122,12 +122,13 @@ class Call:
     input: str
     step: Step[..., Any] | None = None
     flow: Flow[..., Any] | None = None
-    signature: Signature | None = None
     result: Any = Any
     target: str = ""
     event: str = ""
     event_id: str = ""
     timeout_s: float | None = None
+    given: tuple[Any, ...] | None = None
+    """The arguments, where those of `input` are the same."""
     input_sha256: str = ""
 
     def __post_init__(self) -> None:
@@ -186,9 +187,10 @@ class Step(Generic[P, R]):
         if not isinstance(scope, Scope):
             return self.function(*args, **kwargs)
         text, _ = self.signature.encode(args, kwargs)
-        return _perform(
-            Call(scope, scope.next_key(self.name), self.name, self.kind, text, self, None, self.signature, self.signature.result)
-        )
+        call = Call(scope, scope.next_key(self.name), self.name, self.kind, text, self, result=self.signature.result)
+        if self.signature.is_same(args, kwargs):
+            call.given = args
+        return _perform(call)
 
 
 class _Decorator(Protocol):
@@ -340,7 +342,7 @@ class Flow(Generic[P, R]):
         if not isinstance(scope, Scope):
             return self.function(*args, **kwargs)
         text, _ = self.signature.encode(args, kwargs)
-        return _perform(Call(scope, scope.next_key(self.name), self.name, "child", text, None, self, self.signature, self.signature.result))
+        return _perform(Call(scope, scope.next_key(self.name), self.name, "child", text, flow=self, result=self.signature.result))
 
     def replicated_steps(self) -> list[str]:
         """Return the steps with durability="replicated" that the flow's code names, so that a missing replica is an error at the start."""

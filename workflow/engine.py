@@ -35,7 +35,7 @@ from workflow.errors import (
 )
 from workflow.fleet import Fleet
 from workflow.intake import Indexed, Intake, Request
-from workflow.lanes import Lanes
+from workflow.lanes import Lanes, Pool
 from workflow.objects import LocalObjects, Objects, Reader
 from workflow.post import Postman
 from workflow.recording import Services
@@ -186,7 +186,7 @@ class Engine(Fleet):
             self._template = jr.template()
             self._lanes = Lanes(LANES)
             self.timers = Timers(self._clock, self._loop)
-            self._bodies = ThreadPoolExecutor(self._threads, thread_name_prefix="workflow step")
+            self._bodies = Pool(self._lanes.answer, self._loop, self._threads, "workflow step")
             self._flow_threads = ThreadPoolExecutor(max(1, self._concurrency), thread_name_prefix="workflow flow")
             self.reader = Reader(self.folder, self._objects)
             self._services = Services(
@@ -279,7 +279,7 @@ class Engine(Fleet):
         if self._is_member:
             await asyncio.to_thread(self._part_from_fleet)
         await self._lanes.close()
-        self._bodies.shutdown(wait=False)
+        self._bodies.close()
         self._flow_threads.shutdown(wait=False)
         for waiters in self._waiters.values():
             for waiter in waiters:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from workflow import journal as jr
 from workflow.clock import Clock, Timer, Timers
@@ -31,15 +31,29 @@ from workflow.errors import (
     Parked,
 )
 from workflow.journal import Journal, Loaded, Write
-from workflow.lanes import Lane, Then, settle
+from workflow.lanes import Lane, Pool, Then, settle
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
 from workflow.state import Record, StepStatus, idempotency_key
 from workflow.tracing import Stay, Tracing
 from workflow.values import Artifact, ObjectReader, digest, encode, iso
 
-__all__ = ["BY_CANCEL", "BY_TASK", "Entry", "FlowTask", "Idle", "Outside", "Recording", "Services", "Slot", "error_text", "failure_text"]
+__all__ = [
+    "BY_CANCEL",
+    "BY_TASK",
+    "Entry",
+    "FlowTask",
+    "Idle",
+    "Outside",
+    "Recording",
+    "Services",
+    "Slot",
+    "Wait",
+    "error_text",
+    "failure_text",
+]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 UNWIND_S = 1.0
 """So long may a flow take to leave memory before what it waits for beside its steps is cancelled."""
@@ -76,7 +90,7 @@ class Services:
     timers: Timers
     random: Random
     machine: str
-    bodies: ThreadPoolExecutor
+    bodies: Pool
     flow_threads: ThreadPoolExecutor
     objects: Objects
     reader: Reader
@@ -105,13 +119,34 @@ _CLOCKS = {("asyncio.timeouts", "_on_timeout"), ("asyncio.tasks", "_cancel_and_w
 """Where `asyncio.timeout` and (in 3.11) `wait_for` cancel; `TaskGroup` and `gather` cancel from elsewhere."""
 
 
+class Wait(asyncio.Future[T]):
+    """What a task of a flow waits for. `go_on` lets it run at once, rather than in the next turn of the event loop: at every step that is half of the turns."""
+
+    _then: tuple[Callable[[Any], object], contextvars.Context] | None = None
+
+    def add_done_callback(self, callback: Callable[[Any], object], /, *, context: contextvars.Context | None = None) -> None:
+        self._then = (callback, context) if context is not None else None  # a task gives its own
+        super().add_done_callback(callback, context=context)
+
+    def go_on(self, value: T) -> None:
+        """Answer. Call where no task runs: in a callback of the event loop."""
+        if self._then is None:
+            self.set_result(value)
+            return
+        callback, context = self._then
+        self._then = None
+        self.remove_done_callback(callback)
+        self.set_result(value)
+        context.run(callback, self)
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """A call that has not returned to the flow."""
 
     call: Call
     record: Record
-    future: asyncio.Future[str] | None = None
+    future: Wait[str] | None = None
     is_delivered: bool = False
     is_cancelled: bool = False
     """`Cancelled` is raised when it is delivered."""
@@ -284,7 +319,7 @@ class Recording:
 
     async def _block(self, entry: Entry) -> str:
         self._check()
-        entry.future = self._loop.create_future()
+        entry.future = Wait(loop=self._loop)
         try:
             return await entry.future
         finally:
@@ -294,6 +329,13 @@ class Recording:
         self.is_idle = False
         if entry.future is not None and not entry.future.done():
             entry.future.set_result(why)
+
+    def _go_on(self, entry: Entry) -> None:
+        """Deliver a result to the task that waits for it, which runs until it waits again. Call from the pump alone, where no task runs."""
+        self.is_idle = False
+        entry.is_delivered = True
+        if entry.future is not None and not entry.future.done():
+            entry.future.go_on("turn")
 
     def _schedule(self) -> None:
         if not self._is_pumping:
@@ -434,7 +476,7 @@ class Recording:
             return text, None, []
         writes: list[Write] = []
         for artifact in artifacts:
-            data = await self._loop.run_in_executor(self._services.bodies, artifact.read)
+            data = await self._services.bodies.submit(artifact.read)
             writes += await self._store(artifact.sha256, data, artifact.media_type, seq)
         data = text.encode()
         if len(data) <= ROW_BYTES:
@@ -447,7 +489,7 @@ class Recording:
     async def _store(self, sha256: str, data: bytes, media_type: str, seq: int) -> list[Write]:
         inline = len(data) <= INLINE_BYTES
         if not inline:
-            await self._loop.run_in_executor(self._services.bodies, self._services.objects.put, self.id, sha256, data)
+            await self._services.bodies.submit(self._services.objects.put, self.id, sha256, data)
         row = jr.put_object(sha256, len(data), media_type, data if inline else None, self._now())
         return [row, jr.put_reference(seq, sha256)] if seq else [row]
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from workflow.errors import MissingObject, NotJSON
 
-__all__ = ["Artifact", "ObjectReader", "Signature", "decode", "digest", "encode", "iso", "loads"]
+__all__ = ["Artifact", "ObjectReader", "Signature", "decode", "digest", "encode", "is_same", "iso", "loads"]
 
 MARK = "$artifact"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -93,16 +93,18 @@ def encode(value: object, what: str, home: str = "") -> tuple[str, list[Artifact
         NotJSON: it has no JSON form.
     """
     artifacts: list[Artifact] = []
-    token = _found.set((home, artifacts))
+    plain = _PLAIN.get(type(value))
+    token = _found.set((home, artifacts)) if plain is None else None
     try:
-        return _encoder.encode(value), artifacts
+        return _encoder.encode(value) if plain is None else plain(value), artifacts
     except (TypeError, ValueError, RecursionError) as error:
         raise NotJSON(what, str(error)) from error
     finally:
-        _found.reset(token)
+        if token is not None:
+            _found.reset(token)
 
 
-def _plain(value: object) -> object:
+def _json(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Artifact):
             home, found = _found.get() or ("", [])
@@ -129,12 +131,26 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_json)
+_decode: Callable[[str], Any] = json.JSONDecoder().decode  # `json.loads`, but for what texts do not need
+
+_PLAIN: dict[type, Callable[[Any], str]] = {
+    types.NoneType: lambda _: "null",
+    bool: lambda value: "true" if value else "false",
+    int: int.__repr__,
+    str: _encoder.encode,
+}
+"""How values are encoded that have nothing in them, and come back from JSON as they were."""
+
+
+def is_same(kind: Any, value: object) -> bool:
+    """Say whether `decode` would return this very value, so that it need not be asked: that is most results, and half of what a step would cost in JSON."""
+    return type(value) in _PLAIN and (kind is type(value) or kind is Any)
 
 
 def loads(text: str) -> Any:
     """Read recorded JSON text."""
-    return json.loads(text)
+    return _decode(text)
 
 
 def digest(text: str) -> str:
@@ -148,7 +164,7 @@ def decode(kind: Any, text: str, what: str, reader: ObjectReader | None = None) 
     Raises:
         NotJSON: the text is not of that type.
     """
-    return _convert(kind, json.loads(text), what, reader)
+    return _convert(kind, _decode(text), what, reader)
 
 
 def _convert(kind: Any, data: Any, what: str, reader: ObjectReader | None) -> Any:
@@ -332,7 +348,6 @@ class Signature:
     def __init__(self, function: Callable[..., Any], name: str, *, skip: int = 0) -> None:
         """Read the annotations. `skip`: so many first parameters are not the caller's (a transaction's connection)."""
         self.name = name
-        self._hints: dict[str, Any] | None = None
         self._function = function
         try:
             signature = inspect.signature(function)
@@ -345,20 +360,26 @@ class Signature:
         """The names, when arguments that are given by position need nothing else to be bound."""
         self._required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
-    @property
+    @functools.cached_property
     def hints(self) -> dict[str, Any]:
         """The annotations, evaluated when they are first needed: they may name what is defined later."""
-        if self._hints is None:
-            try:
-                self._hints = typing.get_type_hints(self._function, include_extras=True)
-            except NameError:  # a name that only type checkers know, or a local one: plain JSON then
-                self._hints = {}
-        return self._hints
+        try:
+            return typing.get_type_hints(self._function, include_extras=True)
+        except NameError:  # a name that only type checkers know, or a local one: plain JSON then
+            return {}
 
-    @property
+    @functools.cached_property
     def result(self) -> Any:
         """The return annotation."""
         return self.hints.get("return", Any)
+
+    @functools.cached_property
+    def _kinds(self) -> list[Any]:
+        return [self.hints.get(name, Any) for name in self._plain]
+
+    def is_same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Say whether `decode` would return these very arguments."""
+        return not kwargs and len(args) <= len(self._kinds) and all(map(is_same, self._kinds, args))
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[Artifact]]:
         """Return a call's arguments as a JSON object by name; `*args` and `**kwargs` under their names.
@@ -375,7 +396,7 @@ class Signature:
 
     def decode(self, text: str, reader: ObjectReader | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments as the function takes them. Raises `NotJSON`."""
-        data = json.loads(text)
+        data = _decode(text)
         names = self._plain[: len(data)]
         if len(names) == len(data) and all(name in data for name in names):
             return tuple(_convert(self.hints.get(name, Any), data[name], f"argument {name} of {self.name}", reader) for name in names), {}
@@ -395,4 +416,5 @@ class Signature:
 
 def iso(when: datetime) -> str:
     """Return a time as it is recorded: ISO 8601 in UTC with milliseconds, so that text order is time order."""
-    return when.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    utc = when if when.tzinfo is UTC else when.astimezone(UTC)
+    return utc.isoformat(timespec="milliseconds")[:-6] + "Z"

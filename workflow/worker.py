@@ -290,8 +290,7 @@ class Execution(Calls):
                 self._view.pop(name, None)
             else:
                 self._view[name] = value
-        entry.is_delivered = True
-        self._wake(entry, "turn")
+        self._go_on(entry)
         return True
 
     def _on_starved(self, slot: Slot) -> None:

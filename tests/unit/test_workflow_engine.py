@@ -356,6 +356,25 @@ def test_what_a_transaction_used_is_committed_with_it(tmp_path: Path) -> None:
     assert seen[0] == (1, [("done", '{"cost":3}')])  # its first commit; the next is the run's end
 
 
+@step
+def runs_out() -> int:
+    return next(iter(list[int]()))
+
+
+@flow
+async def stops_iteration() -> str:
+    try:
+        await runs_out()
+    except StepFailed as error:
+        return f"{error.type_name}: {error.args[0]}"
+    return "?"
+
+
+@engine_test
+async def test_a_plain_body_that_raises_what_no_future_takes_has_failed(engine: Engine) -> None:
+    assert "RuntimeError" in await (await engine.start(stops_iteration)).result()
+
+
 @flow
 async def races(seconds: list[float]) -> list[str]:
     """What each branch sees of the others becomes input of its next step: on replay that must be the same, or the run diverges."""

@@ -6,7 +6,7 @@ import enum
 import json
 import uuid
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from workflow import Fatal, Retry
 from workflow.errors import NotJSON
 from workflow.state import Record, after_failure, check_id, child_id, remaining_wait_s, replay, step_key, ulid
-from workflow.values import Artifact, Signature, decode, encode
+from workflow.values import Artifact, Signature, decode, encode, is_same, iso
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -30,6 +30,47 @@ json_values = st.recursive(
 @given(json_values)
 def test_plain_json_comes_back_as_it_was(value: Any) -> None:
     assert decode(Any, encode(value, "value")[0], "value") == value
+
+
+@given(json_values)
+def test_texts_are_those_of_the_json_module(value: Any) -> None:
+    assert encode(value, "value")[0] == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@given(json_values, st.sampled_from([Any, None, type(None), bool, int, float, str, list, dict]))
+def test_what_is_said_to_come_back_as_the_same_does(value: Any, kind: Any) -> None:
+    if is_same(kind, value):
+        found = decode(kind, encode(value, "value")[0], "value")
+        assert (found, type(found)) == (value, type(value))
+
+
+class Count(int):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(float, 1), (int, True), (str, 1), (Any, Count(1)), (Any, [1]), (int | None, 1), (Any, 1.5), (date, "2030-01-01")]
+)
+def test_what_may_come_back_as_something_else_is_decoded(kind: Any, value: Any) -> None:
+    assert not is_same(kind, value)
+
+
+def test_arguments_are_the_same_only_where_each_is_and_stands_at_its_place() -> None:
+    def function(a: int, b: Any = 1, *, c: int = 2) -> None: ...
+
+    def ordinary(a: int, b: float = 1.0) -> None: ...
+
+    assert not Signature(function, "f").is_same((1,), {})  # not all can be given by position
+    signature = Signature(ordinary, "f")
+    assert signature.is_same((1,), {})
+    assert not signature.is_same((1, 2), {})  # comes back as 2.0
+    assert not signature.is_same((1,), {"b": 2.0})
+    assert signature.decode(signature.encode((1, 2), {})[0], None) == ((1, 2.0), {})
+
+
+def test_times_are_recorded_in_utc() -> None:
+    for zone in (UTC, timezone.utc, timezone(timedelta(hours=2))):  # noqa: UP017
+        assert iso(datetime(2030, 1, 1, 12, 0, 0, 1999, tzinfo=UTC).astimezone(zone)) == "2030-01-01T12:00:00.001Z"
 
 
 class Size(enum.Enum):
