@@ -300,6 +300,8 @@ class Calls(Recording):
 
     def _extras(self, record: Record, number: int, info: Attempt, began: datetime) -> list[Write]:
         """Return what is committed with a successful attempt, which has or gets a number: the state that it wrote, and what it used."""
+        if record.kind == "step" and not info.state and not info.usage:
+            return []
         writes = [jr.put_state(record.seq, name, value) for name, value in info.state.items()]
         if info.state:
             self._state[number] = list(info.state.items())

@@ -8,7 +8,6 @@ loop, one for all that ended meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import os
 import queue
@@ -98,9 +97,6 @@ def settle(future: asyncio.Future[Any], value: Any, error: BaseException | None)
         future.set_result(value)
 
 
-_UNLESS_EMPTY = contextlib.suppress(BlockingIOError)
-
-
 class Lanes:
     """A few lanes, given out in turn."""
 
@@ -112,7 +108,7 @@ class Lanes:
         self._closing = threading.Lock()
         # Half of what `call_soon_threadsafe` costs, and it is done at every step.
         self._woken, self._wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        contextvars.Context().run(self._loop.add_reader, self._woken, self._deliver)
+        contextvars.Context().run(self._loop.add_reader, self._woken, self._wake)
         self._lanes: list[Lane] = []
         self._count = count
         self._turn = 0
@@ -144,10 +140,12 @@ class Lanes:
                     self._is_waking = True
                     os.write(self._wakes, b"!")
 
-    def _deliver(self) -> None:
-        with _UNLESS_EMPTY:
-            os.read(self._woken, 1 << 10)
+    def _wake(self) -> None:
+        os.read(self._woken, 1 << 10)
         self._is_waking = False  # after reading, or its byte is lost; before looking: what is appended from now on wakes again
+        self._deliver()
+
+    def _deliver(self) -> None:
         left = len(self._answers)  # not those that come meanwhile, perhaps without end: others want their turn, too
         self._is_delivering = True
         try:

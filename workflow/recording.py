@@ -416,20 +416,15 @@ class Recording:
         writes: Sequence[Write] = (),
     ) -> None:
         """Make a record final: take a number and commit. The pump delivers it when that is done, and where asked for, replicated."""
-        slot = self._finalise(entry, status, output, output_sha256, error)
-        if self._unwinding == "break":
-            return
-        self._write(
-            [jr.put_step(entry.record), *writes, *self._progress()],
-            partial(self._on_finished, slot, entry.record.durability == "replicated" and self._services.barrier is not None),
-        )
-
-    def _finalise(self, entry: Entry, status: StepStatus, output: str | None, output_sha256: str | None, error: str | None) -> Slot:
         record = entry.record
         record.status, record.output, record.output_sha256, record.error = status, output, output_sha256, error
         record.wake_at, record.finished_at = None, self._now()
         self._records[record.key] = record
-        return self._reserve(record)
+        slot = self._reserve(record)
+        if self._unwinding == "break":
+            return
+        is_replicated = record.durability == "replicated" and self._services.barrier is not None
+        self._write([jr.put_step(record), *writes, *self._progress()], partial(self._on_finished, slot, is_replicated))
 
     def _progress(self) -> list[Write]:
         if not self._resumes:

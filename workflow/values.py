@@ -93,15 +93,16 @@ def encode(value: object, what: str, home: str = "") -> tuple[str, list[Artifact
         NotJSON: it has no JSON form.
     """
     artifacts: list[Artifact] = []
-    plain = _PLAIN.get(type(value))
-    token = _found.set((home, artifacts)) if plain is None else None
     try:
-        return _encoder.encode(value) if plain is None else plain(value), artifacts
+        if type(value) in _PLAIN:
+            return _PLAIN[type(value)](value), artifacts
+        token = _found.set((home, artifacts))
+        try:
+            return _encoder.encode(value), artifacts
+        finally:
+            _found.reset(token)
     except (TypeError, ValueError, RecursionError) as error:
         raise NotJSON(what, str(error)) from error
-    finally:
-        if token is not None:
-            _found.reset(token)
 
 
 def _json(value: object) -> object:
@@ -358,6 +359,7 @@ class Signature:
         ordinary = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._plain = [parameter.name for parameter in parameters] if all(item.kind in ordinary for item in parameters) else []
         """The names, when arguments that are given by position need nothing else to be bound."""
+        self._heads = [f"{_encoder.encode(name)}:" for name in self._plain]
         self._required = sum(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
     @functools.cached_property
@@ -388,11 +390,15 @@ class Signature:
             TypeError: they do not fit the signature.
             NotJSON: one has no JSON form.
         """
-        if not kwargs and self._required <= len(args) <= len(self._plain):
-            arguments = dict(zip(self._plain, args, strict=False))  # what `bind` gives, a third of a step's cost earlier
-        else:
-            arguments = self._signature.bind(*args, **kwargs).arguments
-        return encode(arguments, f"arguments of {self.name}")
+        what = f"arguments of {self.name}"
+        if kwargs or not self._required <= len(args) <= len(self._plain):
+            return encode(self._signature.bind(*args, **kwargs).arguments, what)
+        if not _PLAIN.keys() >= {*map(type, args)}:
+            return encode(dict(zip(self._plain, args, strict=False)), what)  # what `bind` gives
+        try:  # the same text, at a fifth of the time
+            return "{" + ",".join([head + _PLAIN[type(value)](value) for head, value in zip(self._heads, args, strict=False)]) + "}", []
+        except ValueError as error:  # an integer of thousands of digits
+            raise NotJSON(what, str(error)) from error
 
     def decode(self, text: str, reader: ObjectReader | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments as the function takes them. Raises `NotJSON`."""

@@ -394,7 +394,8 @@ class Execution(Calls):
         entry = self._entries[call.key] = Entry(call, record)
         try:
             if verdict != "deliver":
-                await self._may_begin(entry)
+                if not self._may_begin():
+                    await self._begin_later(entry)
                 if entry.is_cancelled and call.key not in self._records:
                     self._gone.add(call.key)
                     raise Cancelled
@@ -422,12 +423,14 @@ class Execution(Calls):
             raise Cancelled
         return self._outcome(entry)
 
-    async def _may_begin(self, entry: Entry) -> None:
-        """Wait until all recorded results are delivered: on replay nothing runs that a recorded failure would have cancelled."""
-        if self._queue or self._is_paused or self._is_stopping or (self._is_dirty and len(self._tasks) > 1):
-            self._starting.append(entry)
-            self._schedule()
-            await self._block(entry)
+    def _may_begin(self) -> bool:
+        """Say whether all recorded results are delivered: on replay nothing runs that a recorded failure would have cancelled."""
+        return not (self._queue or self._is_paused or self._is_stopping or (self._is_dirty and len(self._tasks) > 1))
+
+    async def _begin_later(self, entry: Entry) -> None:
+        self._starting.append(entry)
+        self._schedule()
+        await self._block(entry)
         self._check()
 
     def _on_cancelled(self, entry: Entry) -> None:

@@ -68,6 +68,26 @@ def test_arguments_are_the_same_only_where_each_is_and_stands_at_its_place() -> 
     assert signature.decode(signature.encode((1, 2), {})[0], None) == ((1, 2.0), {})
 
 
+@given(st.lists(json_values, max_size=3))
+def test_arguments_have_the_text_of_the_json_module(values: list[Any]) -> None:
+    def function(a: Any = None, ü: Any = None, c: Any = None) -> None: ...
+
+    wanted = dict(zip(["a", "ü", "c"], values, strict=False))
+    assert Signature(function, "f").encode(tuple(values), {})[0] == json.dumps(wanted, ensure_ascii=False, separators=(",", ":"))
+
+
+def test_an_integer_that_python_does_not_write_is_no_json() -> None:
+    def function(a: int) -> None: ...
+
+    for encoded in (
+        lambda: encode(10**5000, "it"),
+        lambda: encode([10**5000], "it"),
+        lambda: Signature(function, "f").encode((10**5000,), {}),
+    ):
+        with pytest.raises(NotJSON):
+            encoded()
+
+
 def test_times_are_recorded_in_utc() -> None:
     for zone in (UTC, timezone.utc, timezone(timedelta(hours=2))):  # noqa: UP017
         assert iso(datetime(2030, 1, 1, 12, 0, 0, 1999, tzinfo=UTC).astimezone(zone)) == "2030-01-01T12:00:00.001Z"
