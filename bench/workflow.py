@@ -7,7 +7,7 @@ Ten trivial async steps for each workflow, at `synchronous=FULL`. Cases:
     serial     one workflow after another
     fifty      50 at once
     steps      CPU of one step more: a thousand of them in one run, async and plain ones, against as many bare commits in one file
-    recover    100 that were interrupted in the middle, until all are finished; imports included
+    recover    100 that were interrupted in the middle, until all are finished; imports included, from bytecode, which an installed package has
     parked     memory of a parked run
     intake     durable starts with 16 callers
     queued     a queue of 2,000,000, and the time until the first of them runs      (`queued=N` for another number)
@@ -361,19 +361,21 @@ def child(who: str, case: str, count: int, folder: Path) -> None:
         asyncio.run(ours(folder, case, count))
 
 
-def measure(who: str, case: str, count: int) -> dict[str, float]:
+def measure(who: str, case: str, count: int, bytecode: Path) -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(prefix="bench-workflow-"))
     try:
         if case == "recover":
-            _process(who, "interrupt", count, folder, BENCH_STOP="1")
-        return _process(who, case, count, folder, BENCH_BEGAN=str(time.time()))
+            _process(who, "interrupt", count, folder, bytecode, BENCH_STOP="1")
+        return _process(who, case, count, folder, bytecode, BENCH_BEGAN=str(time.time()))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _process(who: str, case: str, count: int, folder: Path, **environ: str) -> dict[str, float]:
+def _process(who: str, case: str, count: int, folder: Path, bytecode: Path, **environ: str) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.workflow", "--child", who, case, str(count), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env={**os.environ, **environ}, check=False)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environ |= {"PYTHONPYCACHEPREFIX": str(bytecode)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=kept | environ, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines and case != "interrupt":
         raise RuntimeError(f"{who} {case}: exit code {done.returncode}: {done.stderr[-800:]}")
@@ -395,9 +397,10 @@ def main(arguments: list[str]) -> None:
         count = int(number) if number else COUNTS[case]
         whos = [who for who in RIVALS.get(case, ("ours",)) if who != "dbos" or has_dbos]
         found: dict[str, list[dict[str, float]]] = {who: [] for who in whos}
-        for _ in range(1 if case in ("queued", "asleep") else rounds):
-            for who in whos:
-                found[who].append(measure(who, case, count))
+        with tempfile.TemporaryDirectory(prefix="bench-workflow-bytecode-") as bytecode:
+            for _ in range(1 if case in ("queued", "asleep") else rounds):
+                for who in whos:
+                    found[who].append(measure(who, case, count, Path(bytecode)))
         for who, rows in found.items():
             for figure in rows[0]:
                 values = sorted(row[figure] for row in rows)

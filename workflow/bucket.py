@@ -21,10 +21,10 @@ from replicator.storage.base import ObjectStore
 from workflow.errors import MissingObject
 from workflow.objects import checked
 from workflow.ownership import below
+from workflow.placement import shard_of
 
-__all__ = ["SHARDS", "Marks", "ReplicaObjects", "object_name", "open_objects", "shard_of"]
+__all__ = ["Marks", "ReplicaObjects", "object_name", "open_objects"]
 
-SHARDS = 64
 MARK_BYTES = 64 << 10
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -133,11 +133,6 @@ class Marks:
 
     def _name(self, name: str) -> str:
         return f"generations/{self._shard or shard_of(name)}/{object_name(name)}"
-
-
-def shard_of(id: str) -> str:
-    """Return which of the 64 shards a run is in, two digits: the one of its oldest ancestor, so that a family is in one."""
-    return f"{hashlib.sha256(id.partition('.')[0].encode()).digest()[0] % SHARDS:02d}"
 
 
 def object_name(name: str) -> str:

@@ -98,7 +98,7 @@ class Place:
     def host_of(self, id: str) -> str:
         """Return the host whose run it is; "main" when nobody has it yet."""
         with contextlib.suppress(Unreadable):
-            return journal.read(self.path(id)).instance.owner or "main"
+            return journal.read_instance(self.path(id)).owner or "main"
         return "main"
 
     def close(self) -> None:

@@ -197,7 +197,7 @@ def who() -> str:
 
 def ending_of(path: Path, objects: Objects) -> tuple[RunStatus, str | None, str | None]:
     """Return (status, output, error) of a run's file. Raises `Unreadable`, `MissingObject`."""
-    found = journal.read(path).instance
+    found = journal.read_instance(path)
     output = found.output
     if output is None and found.output_sha256 is not None:
         data = journal.read_object(path, found.output_sha256)

@@ -222,7 +222,7 @@ class Replication:
 
     def _check_owner_of(self, id: str, path: Path) -> None:
         """Let a restored file be this host's, or leave it to its owner. Raises `Elsewhere`."""
-        instance = jr.read(path).instance
+        instance = jr.read_instance(path)
         if instance.owner is not None and instance.owner != self.host and instance.owner not in self.inherited.get(id, ()):
             self._drop(id, with_salvage=False)
             raise Elsewhere(id, instance.owner, (instance.flow, instance.input_sha256))

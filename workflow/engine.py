@@ -569,7 +569,7 @@ class Engine(Fleet):
         Raises:
             Unreadable: it is not an instance file.
         """
-        instance = (await asyncio.to_thread(jr.read, self._path(check_id(id, longest=200)))).instance
+        instance = await asyncio.to_thread(jr.read_instance, self._path(check_id(id, longest=200)))
         self._arrive()
         status = instance.status if instance.status in ENDED else "running"
         run = Indexed(

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING
 
 from replicator.errors import LeaseHeld, ReplicatorError
 from workflow import intake as ik
-from workflow.bucket import shard_of
 from workflow.context import flows
 from workflow.errors import NotOwner, WorkflowError
 from workflow.intake import Indexed, Request
 from workflow.membership import GONE, KEPT_TAKEOVERS, UP, HostRecord, Members, Part, Takeover
-from workflow.placement import Candidate, first
+from workflow.placement import Candidate, first, shard_of
 from workflow.post import Post
 from workflow.values import loads
 

@@ -19,9 +19,10 @@ import re
 from collections.abc import Iterable
 
 from replicator.errors import ObjectNotFound, PreconditionFailed
-from workflow.bucket import open_objects, shard_of
+from workflow.bucket import open_objects
 from workflow.errors import WorkflowError
 from workflow.intake import Request
+from workflow.placement import shard_of
 from workflow.state import check_id
 
 __all__ = ["Inbox", "decode_request"]

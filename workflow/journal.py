@@ -40,6 +40,7 @@ __all__ = [
     "put_state",
     "put_step",
     "read",
+    "read_instance",
     "read_object",
     "rows",
     "set_owner",
@@ -408,6 +409,17 @@ def read(path: Path) -> Loaded:
         connection.close()
 
 
+def read_instance(path: Path) -> Instance:
+    """Read a run's row, and not its steps. Raises `Unreadable`."""
+    connection = _open(path, readonly=True)
+    try:
+        return _instance(connection, path)
+    except sqlite3.DatabaseError as error:
+        raise Unreadable(str(path), str(error)) from error
+    finally:
+        connection.close()
+
+
 def read_object(path: Path, sha256: str) -> bytes | None:
     """Return an object's bytes; None when the file says that they are in the bucket. Raises `MissingObject`, `Unreadable`."""
     connection = _open(path, readonly=True)
@@ -460,11 +472,7 @@ def _load(db: sqlite3.Connection, path: Path) -> Loaded:
     try:
         db.execute("BEGIN")
         try:
-            found = db.execute("SELECT * FROM wf_instance")  # a file of an older version has fewer columns
-            names = [column[0] for column in found.description]
-            instance = [Instance(**{name: value for name, value in zip(names, row, strict=True) if name in _INSTANCE}) for row in found]
-            if len(instance) != 1:
-                raise Unreadable(str(path), "it has no row in wf_instance")
+            instance = _instance(db, path)
             records = [
                 Record(**dict(zip(_STEP, row, strict=True))) for row in db.execute(f"SELECT {', '.join(_STEP)} FROM wf_steps ORDER BY seq")
             ]
@@ -488,7 +496,16 @@ def _load(db: sqlite3.Connection, path: Path) -> Loaded:
             db.execute("ROLLBACK")
     except sqlite3.DatabaseError as error:
         raise Unreadable(str(path), str(error)) from error
-    return Loaded(instance[0], records, events, seen, state, paused)
+    return Loaded(instance, records, events, seen, state, paused)
+
+
+def _instance(db: sqlite3.Connection, path: Path) -> Instance:
+    found = db.execute("SELECT * FROM wf_instance")  # a file of an older version has fewer columns
+    names = [column[0] for column in found.description]
+    instance = [Instance(**{name: value for name, value in zip(names, row, strict=True) if name in _INSTANCE}) for row in found]
+    if len(instance) != 1:
+        raise Unreadable(str(path), "it has no row in wf_instance")
+    return instance[0]
 
 
 # -- forks -----------------------------------------------------------------------------------------------------------------------

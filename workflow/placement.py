@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 
-__all__ = ["ANY", "Candidate", "divide", "first", "rooms", "watchers"]
+__all__ = ["ANY", "Candidate", "divide", "first", "rooms", "shard_of", "watchers"]
 
 ANY = ""
 """A flow that every host may take: what is known of a run is its id alone."""
+SHARDS = 64
 _TOP = float(1 << 64)
 
 
@@ -84,3 +85,8 @@ def divide(runs: Iterable[tuple[str, str]], hosts: Sequence[Candidate]) -> dict[
 def watchers(host: str, others: Collection[str], count: int) -> list[str]:
     """Return the hosts that watch a host, best first: `count` of the others, so that the requests of a fleet grow with its hosts, not with their square."""
     return sorted((other for other in others if other != host), key=lambda other: (score(other, host), other), reverse=True)[:count]
+
+
+def shard_of(id: str) -> str:
+    """Return which of the 64 shards of a bucket's folders a run is in, two digits: the one of its oldest ancestor, so that a family is in one."""
+    return f"{sha256(id.partition('.')[0].encode()).digest()[0] % SHARDS:02d}"

@@ -19,10 +19,10 @@ import pytest
 
 from replicator.errors import StorageUnavailable
 from workflow import Client, Engine, flow, receive, sleep, step
-from workflow.bucket import shard_of
 from workflow.handing import Handed, HostRecords
 from workflow.intake import indexed, sql_read
 from workflow.membership import Part
+from workflow.placement import shard_of
 from workflow.report import HostLook, look
 
 TTL_S = 1.0

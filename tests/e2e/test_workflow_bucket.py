@@ -13,10 +13,11 @@ import pytest
 from replicator import open_client
 from tests import sampleflows as sample
 from workflow import Artifact, Client, Engine, flow, receive, send, step
-from workflow.bucket import Marks, open_objects, shard_of
+from workflow.bucket import Marks, open_objects
 from workflow.errors import Conflict, Refused, RunFailed
 from workflow.inbox import MAX_BYTES, Inbox, encode_request
 from workflow.intake import Request
+from workflow.placement import shard_of
 
 BOTH = pytest.mark.parametrize("url", ["file", "seaweed"], indirect=True)
 
