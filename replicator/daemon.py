@@ -499,13 +499,13 @@ class Daemon:
         log.info("configuration reloaded unchanged=%d stopped=%d started=%d", len(same), len(gone), len(fresh))
 
 
-def run_once(members: Sequence[Member], options: Options, *, timeout_s: float) -> None:
-    """Store what is committed now, and stop. Errors are in the members, and logged."""
+def run_once(members: Sequence[Member], options: Options, *, timeout_s: float, patient: bool) -> None:
+    """Store what is committed now, and stop. Errors are in the members, and logged. `patient`: as for `Member.store`."""
     from replicator.store import at_once, stop_all
 
     def store(member: Member) -> None:
         member.start()
-        member.store(timeout_s, snapshot=options.force_snapshot, enforce_history=options.enforce_history)
+        member.store(timeout_s, patient=patient, snapshot=options.force_snapshot, enforce_history=options.enforce_history)
 
     at_once(store, members)
     stop_all(members, timeout_s)

@@ -63,6 +63,7 @@ MIN_LEASE_RETRY_S, LEASE_RETRY_S = 0.05, 1.0
 MAX_RETRY_S = 300.0
 MAX_NOT_READY_RETRY_S = 30.0
 BUSY_RETRY_S = 0.25
+SLOWEST_BYTES_S = 1 << 20
 FAILURES = (ReplicatorError, OSError, sqlite3.Error)
 
 State = Literal["waiting", "replicating", "parked", "failed", "stopped"]
@@ -307,13 +308,17 @@ class Member:
                 log.info("nothing to restore path=%s", self.path)
         self.is_missing_restore = False
 
-    def store(self, timeout_s: float, *, snapshot: bool = False, enforce_history: bool = False) -> None:
-        """Store what is committed now. What fails is in `error`, and logged."""
+    def store(self, timeout_s: float, *, patient: bool = False, snapshot: bool = False, enforce_history: bool = False) -> None:
+        """Store what is committed now. What fails is in `error`, and logged.
+
+        Args:
+            patient: what is only large, and fails nowhere, has longer: another second for each mebibyte of the database.
+        """
         replicator = self.replicator
         if replicator is None:
             return
         try:
-            replicator.wait(timeout_s=timeout_s)
+            self._wait(replicator, timeout_s, longer_s=self._size_bytes() / SLOWEST_BYTES_S if patient else 0.0)
             if snapshot:
                 replicator.snapshot()
             if enforce_history:
@@ -321,6 +326,26 @@ class Member:
         except FAILURES as error:
             self.error = error
             log.error("replication failed db=%s error=%r", self.path, str(error))
+
+    def _wait(self, replicator: Replicator, timeout_s: float, *, longer_s: float) -> None:
+        """Wait until all that is committed is stored: `timeout_s`, and `longer_s` more for as long as nothing reports an error."""
+        end = time.monotonic() + timeout_s + longer_s
+        while True:
+            try:
+                replicator.wait(timeout_s=min(timeout_s, max(0.0, end - time.monotonic())))
+                return
+            except WaitTimeout:
+                found = replicator.status()
+                if time.monotonic() >= end or found.error is not None or any(replica.error is not None for replica in found.replicas):
+                    raise
+                log.info("not stored yet, and nothing fails db=%s", self.path)
+
+    def _size_bytes(self) -> int:
+        size = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                size += os.stat(f"{self.path}{suffix}").st_size
+        return size
 
     def stop(self, timeout_s: float, *, retry_interval_s: float = 0.5, gone: bool = False) -> bool:
         """Store what is committed, and stop; False when it was not running.

@@ -102,7 +102,8 @@ def _run_with(
         members = [_from_arguments(flags, arguments[0], arguments[1:], options, operations, wakeups)]
     if options.once:
         wakeups.take_signals(daemon.STOPS, daemon.leave, at_once=True)
-        daemon.run_once(members, options, timeout_s=settings.shutdown_timeout_s if timeout_s is None else timeout_s)
+        limit_s = settings.shutdown_timeout_s if timeout_s is None else timeout_s
+        daemon.run_once(members, options, timeout_s=limit_s, patient=timeout_s is None)
         errors = [member.error for member in members if member.error is not None]
         if errors:
             leases.keep()

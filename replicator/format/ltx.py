@@ -481,7 +481,7 @@ class Decoder:
                     if stop > end:
                         break
                     block = buffer[at + 10 : stop]
-                    page = decompress(block, uncompressed_size=page_size)
+                    page = decompress(block, page_size)
                     crc = go_iso(page, go_iso(buffer[at : at + 10], crc))
                 elif flags == 0:
                     stop = _frame_end(buffer, at + 6, bound)

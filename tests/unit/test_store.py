@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from replicator.api import Disturbed, Status
+from replicator.api import Disturbed, ReplicaStatus, Status
 from replicator.errors import DatabaseStateError, LineageMismatch, ReplicatorError, StorageUnavailable, WaitTimeout
 from replicator.format.ltx import TXID
 from replicator.store import Limits, Member, Prepared, Store, stop_all
@@ -222,3 +224,55 @@ def test_those_that_cannot_leave_do_not_keep_the_others_from_taking_turns(tmp_pa
         time.sleep(0.001)
     assert all(begun[number] == 1 for number in range(6))
     store.close(1)
+
+
+class Storing(Fake):
+    """One that has stored everything at the `tries`-th wait."""
+
+    def __init__(self, path: Path, tries: int, *errors: str | None) -> None:
+        super().__init__(path)
+        self.tries, self.errors, self.waits = tries, list(errors), list[float]()
+
+    def wait(self, *, timeout_s: float) -> TXID:
+        self.waits.append(timeout_s)
+        if len(self.waits) < self.tries:
+            raise WaitTimeout("the last commits are not read yet")
+        return TXID(7)
+
+    def status(self) -> Status:
+        replica = ReplicaStatus("file:///r", "file", TXID(0), None, 0.0, self.errors[len(self.waits) - 1], 0, 0)
+        return Status(self.path, "replicating", TXID(7), 0, 0, 0.0, None, (replica,))
+
+
+def storing(tmp_path: Path, fake: Storing, *, patient: bool) -> Member:
+    path = tmp_path / "a.db"
+    path.write_bytes(bytes(100 << 10))
+    found = Member(path, lambda: Prepared(fake, []))  # type: ignore[arg-type]
+    found.start()
+    found.store(10, patient=patient)
+    return found
+
+
+def test_what_is_large_and_fails_nowhere_is_waited_for_beyond_the_limit(tmp_path: Path) -> None:
+    fake = Storing(tmp_path, 4, None, None, None)
+    assert storing(tmp_path, fake, patient=True).error is None
+    assert fake.waits[:1] == [10]
+    assert len(fake.waits) == 4
+
+
+def test_who_is_not_patient_waits_for_the_limit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.member.time", SimpleNamespace(monotonic=itertools.count(0, 5).__next__))
+    fake = Storing(tmp_path, 100, *[None] * 100)
+    assert isinstance(storing(tmp_path, fake, patient=False).error, WaitTimeout)
+    assert len(fake.waits) < 4
+
+
+def test_patience_ends_with_an_error_and_with_the_size_of_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Storing(tmp_path, 100, None, "unreachable")
+    assert isinstance(storing(tmp_path, fake, patient=True).error, WaitTimeout)
+    assert len(fake.waits) == 2
+    monkeypatch.setattr("replicator.member.SLOWEST_BYTES_S", 1 << 10)  # so that 100 KiB are worth 100 s
+    monkeypatch.setattr("replicator.member.time", SimpleNamespace(monotonic=itertools.count(0, 5).__next__))
+    fake = Storing(tmp_path, 100, *[None] * 100)
+    assert isinstance(storing(tmp_path, fake, patient=True).error, WaitTimeout)
+    assert 8 < len(fake.waits) < 24
