@@ -122,7 +122,11 @@ def read_chain(
         for index, (header, kept) in enumerate(pool.map(job.look, range(len(files)))):
             job.add(index, header, kept)
         job.check_owners()
-        tasks = [pool.submit(job.read, index) for index in range(len(files))]
+        # What is in memory already needs no thread: several that decode at once only hand the interpreter lock around, several times a page.
+        in_memory = sorted(job.kept)
+        for index in in_memory:
+            job.read(index)
+        tasks = [pool.submit(job.read, index) for index in sorted(set(range(len(files))).difference(in_memory))]
         done, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
         if waiting:
             job.stop.set()

@@ -7,6 +7,7 @@ import fcntl
 import os
 import threading
 import tracemalloc
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import replicator
 from replicator import chain
+from replicator.chain import read_chain
 from replicator.errors import (
     CorruptReplica,
     NoBackups,
@@ -93,6 +95,26 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     chain_of_three(client)
     restored(client, tmp_path, progress=seen.append)
     assert (seen[-1].files_done, seen[-1].bytes_done) == (3, seen[-1].bytes_total)
+
+
+def test_files_that_are_in_memory_already_are_decoded_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several at once would hand the interpreter lock around at each page: 100,000 times for 200 files of 20 pages.
+    client, large = MemoryClient(), os.urandom(SIZE * 64)
+    header = Header(SIZE, 64, TXID(1), TXID(1), 1_800_000_000_000)
+    image = encode_file(header, [(pgno, large[(pgno - 1) * SIZE : pgno * SIZE]) for pgno in range(1, 65)])
+    client.put(0, TXID(1), TXID(1), image, timestamp_ms=header.timestamp_ms)
+    for txid in range(2, 40):
+        store(client, 0, txid, txid, 64, [txid])
+    monkeypatch.setattr(chain, "SMALL_FILE_BYTES", len(image) - 1)
+    writers: dict[int, str] = {}
+
+    def write(first: int, pages: Sequence[bytes]) -> None:
+        writers.update(dict.fromkeys(range(first, first + len(pages)), threading.current_thread().name))
+
+    read_chain(client, list(client.list(0)), write)
+    assert sorted(writers) == list(range(1, 65))
+    assert {writers[pgno] for pgno in range(2, 40)} == {threading.current_thread().name}
+    assert writers[50] != threading.current_thread().name
 
 
 def test_an_empty_replica_says_so(tmp_path: Path) -> None:
