@@ -2,7 +2,7 @@
 
 1. Header and page index of each file are fetched by ranged reads (small files as a whole) and say which file owns which page. A full image
    needs no index for that: it has every page.
-2. Then every file is read to its end, several at once, and everything the decoder can check is checked: files are NoChecksum and
+2. Then every file is read to its end, several at once where they come through a network, and everything the decoder can check is checked: files are NoChecksum and
    their blocks carry no checksum, so a flipped literal shows only in the file's checksum. Pages owned by a later file are hashed, not written.
 3. An index is not trusted before that: at the end each page must have been handed out, and only by its owner.
 
@@ -110,7 +110,7 @@ def read_chain(
         files: a plan: the first begins at TXID 1.
         write: called as `write(first_pgno, pages)` with runs of up to 1,024 consecutive pages, each page up to the final size exactly once
             (the lock page never), from several threads.
-        parallelism: files that are read at once.
+        parallelism: files that are read at once, where they come through a network.
 
     Raises:
         CorruptReplica: a file fails a check; it is named.
@@ -122,11 +122,11 @@ def read_chain(
         for index, (header, kept) in enumerate(pool.map(job.look, range(len(files)))):
             job.add(index, header, kept)
         job.check_owners()
-        # What is in memory already needs no thread: several that decode at once only hand the interpreter lock around, several times a page.
-        in_memory = sorted(job.kept)
-        for index in in_memory:
-            job.read(index)
-        tasks = [pool.submit(job.read, index) for index in sorted(set(range(len(files))).difference(in_memory))]
+        # Only a network is waited for. Several threads that decode at once hand the interpreter lock around, several times a page.
+        in_memory = sorted(job.kept)  # they come first, so that they are there no longer than needed
+        others = [index for index in range(len(files)) if index not in job.kept]
+        turns = [[*in_memory, *others]] if client.kind == "file" else [in_memory, *([index] for index in others)]
+        tasks = [pool.submit(job.read_in_turn, indexes) for indexes in turns]
         done, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
         if waiting:
             job.stop.set()
@@ -241,6 +241,10 @@ class _Job:
         sizes = [0, *(header.commit for header in self.headers)]
         index = max(at for at in range(len(self.files)) if sizes[at] < pgno <= sizes[at + 1])
         return CorruptReplica(self.name(index), f"page {pgno} of the database is in no file")
+
+    def read_in_turn(self, indexes: Sequence[int]) -> None:
+        for index in indexes:
+            self.read(index)
 
     def read(self, index: int) -> None:
         """Read one file to its end and hand out what it owns."""

@@ -29,7 +29,8 @@ from replicator.errors import (
 )
 from replicator.format.ltx import TXID, FileInfo, Header, encode_file, index_range
 from replicator.restorer import restore_database
-from replicator.storage.base import created_at
+from replicator.storage.base import ReplicaClient, created_at
+from replicator.storage.file import FileClient
 from replicator.storage.memory import MemoryClient
 from replicator.v3restore import newest_first
 
@@ -40,7 +41,7 @@ def page(pgno: int, version: int) -> bytes:
     return bytes([pgno % 256, version % 256]) * (SIZE // 2)
 
 
-def store(client: MemoryClient, level: int, low: int, high: int, commit: int, pgnos: list[int], *, page_size: int = SIZE) -> FileInfo:
+def store(client: ReplicaClient, level: int, low: int, high: int, commit: int, pgnos: list[int], *, page_size: int = SIZE) -> FileInfo:
     header = Header(page_size, commit, TXID(low), TXID(high), 1_800_000_000_000 + high)
     images = [(pgno, (page(pgno, high) * (page_size // SIZE))) for pgno in pgnos]
     data = encode_file(header, images)
@@ -97,24 +98,32 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert (seen[-1].files_done, seen[-1].bytes_done) == (3, seen[-1].bytes_total)
 
 
-def test_files_that_are_in_memory_already_are_decoded_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["directory", "network"])
+def test_files_that_no_network_is_waited_for_are_decoded_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # Several at once would hand the interpreter lock around at each page: 100,000 times for 200 files of 20 pages.
-    client, large = MemoryClient(), os.urandom(SIZE * 64)
+    client = FileClient(tmp_path) if kind == "directory" else MemoryClient()
+    noise = os.urandom(SIZE * 64)
     header = Header(SIZE, 64, TXID(1), TXID(1), 1_800_000_000_000)
-    image = encode_file(header, [(pgno, large[(pgno - 1) * SIZE : pgno * SIZE]) for pgno in range(1, 65)])
+    image = encode_file(header, [(pgno, noise[(pgno - 1) * SIZE : pgno * SIZE]) for pgno in range(1, 65)])
     client.put(0, TXID(1), TXID(1), image, timestamp_ms=header.timestamp_ms)
     for txid in range(2, 40):
         store(client, 0, txid, txid, 64, [txid])
     monkeypatch.setattr(chain, "SMALL_FILE_BYTES", len(image) - 1)
     writers: dict[int, str] = {}
+    another = threading.Event()
 
     def write(first: int, pages: Sequence[bytes]) -> None:
-        writers.update(dict.fromkeys(range(first, first + len(pages)), threading.current_thread().name))
+        is_first, here = not writers, threading.current_thread().name
+        writers.update(dict.fromkeys(range(first, first + len(pages)), here))
+        if len(set(writers.values())) > 1:
+            another.set()
+        elif is_first:
+            another.wait(0.3)  # time for others, if there are any
 
     read_chain(client, list(client.list(0)), write)
     assert sorted(writers) == list(range(1, 65))
-    assert {writers[pgno] for pgno in range(2, 40)} == {threading.current_thread().name}
-    assert writers[50] != threading.current_thread().name
+    at_hand = range(1, 65) if kind == "directory" else range(2, 40)
+    assert len({writers[pgno] for pgno in at_hand}) == 1
 
 
 def test_an_empty_replica_says_so(tmp_path: Path) -> None:
