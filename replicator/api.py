@@ -446,7 +446,7 @@ class Replicator:
         Raises:
             Disturbed: something happened at this moment. Everything is closed, and nothing is lost; begin again.
         """
-        if not self._is_at_rest(quiet_s):
+        if not self.is_at_rest(quiet_s):
             return None
         board, engine = self._board, self._engine
         before, looked_ns = look(self._path), time.time_ns()
@@ -492,7 +492,8 @@ class Replicator:
             problems=tuple(f"{item.url}: {text}" for item, keeper in self._keepers.items() for text in keeper.problems.values()),
         )
 
-    def _is_at_rest(self, quiet_s: float) -> bool:
+    def is_at_rest(self, quiet_s: float) -> bool:
+        """Say whether `rest` would close it now."""
         board, now = self._board, time.time()
         with board.changed:
             if not self._threads or self._drills is not None or board.state != "replicating" or board.ends or board.error or board.is_asked:

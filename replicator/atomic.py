@@ -53,7 +53,7 @@ class AtomicFile:
         mode: permissions before the umask. 0600: a copy of a database is as secret as the database.
         overwrite: replace what stands at `path`; else `FileExistsError` when the block ends.
         mtime_ns: modification time, set before the file gets its name.
-        waiting: makes a context manager that is entered while the disk is waited for.
+        waiting: makes a context manager that is entered, once, while the disk is waited for.
     """
 
     def __init__(
@@ -116,16 +116,15 @@ class AtomicFile:
             os.close(self._directory)
 
     def _publish(self) -> None:
-        try:
-            if self._mtime_ns is not None:
-                os.utime(self._file, ns=(self._mtime_ns, self._mtime_ns))
-            with self._waiting():
-                sync_file(self._file)
-            _give_name(self._name, self.path.name, self._directory, overwrite=self._overwrite)
-        except BaseException:
-            _unlink_missing_ok(self._name, self._directory)
-            raise
         with self._waiting():
+            try:
+                if self._mtime_ns is not None:
+                    os.utime(self._file, ns=(self._mtime_ns, self._mtime_ns))
+                sync_file(self._file)
+                _give_name(self._name, self.path.name, self._directory, overwrite=self._overwrite)
+            except BaseException:
+                _unlink_missing_ok(self._name, self._directory)
+                raise
             sync_file(self._directory)
 
 

@@ -481,6 +481,8 @@ class Member:
         replicator = self.replicator
         if replicator is None or self._users or not self._may_park() or replicator.size_bytes() > self.limits.park_max_bytes:
             return False
+        if not replicator.is_at_rest(quiet_s):  # before anything is watched: most that are asked are not
+            return False
         self.poked = False
         self._subscribe()
         try:

@@ -95,8 +95,8 @@ MUTANTS = [
     ),
     Mutant("entries behind the end come back", "pagetable.py", "        if commit > old.commit:  # a crash", "        if commit < 0:  # a crash", TABLE),
     Mutant(
-        "a file that cannot be synced is named", "atomic.py", "            sync_file(self._file)\n            _give_name",
-        "            with contextlib.suppress(OSError):\n                sync_file(self._file)\n            _give_name",
+        "a file that cannot be synced is named", "atomic.py", "                sync_file(self._file)\n                _give_name",
+        "                with contextlib.suppress(OSError):\n                    sync_file(self._file)\n                _give_name",
         f"{STEPS}::test_an_fsync_that_fails_once_is_an_unknown_outcome_and_is_not_asked_again", (3,),
     ),
     Mutant(

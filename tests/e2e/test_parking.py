@@ -318,7 +318,7 @@ def test_the_end_leaves_a_record_where_that_takes_no_waiting(database: Path) -> 
     found = member(database)
     with storing(found, park_after_s=1000):
         until(lambda: found.state == "replicating" and found.txid == 1)
-        until(lambda: found.replicator is not None and found.replicator._is_at_rest(0.5))
+        until(lambda: found.replicator is not None and found.replicator.is_at_rest(0.5))
     assert record_of(database)
     again = member(database)
     with storing(again, park_after_s=1000):
