@@ -256,6 +256,29 @@ def test_each_commit_is_uploaded_at_once_and_a_database_at_rest_is_left_alone(tm
     application.close()
 
 
+def test_a_commit_now_and_then_is_looked_at_once_and_a_busy_writer_at_a_pace(tmp_path: Path) -> None:
+    application = connect(tmp_path / "a.db")
+    with Replicator(tmp_path / "a.db", MemoryClient(), history=None) as engine:
+        insert(application, 1)
+        txid = engine.wait(timeout_s=TIMEOUT_S)
+        until(lambda: engine._loop._watch.armed)
+        until_quiet(engine)
+        looks = engine.status().counts.syncs
+        for number in range(1, 6):
+            insert(application, 1)
+            engine.wait(txid + number, timeout_s=TIMEOUT_S)  # asks for nothing
+            time.sleep(0.25)  # more than ARM_S: now and then
+            assert engine._loop._watch.armed
+        assert engine.status().counts.syncs - looks <= 10  # with the watch given up after each it is 20
+        end = time.monotonic() + TIMEOUT_S
+        while engine._loop._watch.armed and time.monotonic() < end:
+            insert(application, 1)
+            time.sleep(0.01)
+        assert not engine._loop._watch.armed
+        until(lambda: engine._loop._watch.armed)
+    application.close()
+
+
 def until_quiet(engine: Replicator) -> int:
     """Wait until no look follows for a moment; returns how many there were."""
     seen = [-1]

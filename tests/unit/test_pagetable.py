@@ -128,3 +128,26 @@ def test_any_batch_size_leads_to_the_same_table(tmp_path: Path, monkeypatch: pyt
     assert table.get(1, 6).tolist() == [31, 22, 13, 14, 0, 0]
     assert (table.state.xor, table.is_intact) == (31 ^ 22 ^ 13 ^ 14, True)
     table.close()
+
+
+def test_a_few_pages_lead_to_the_same_table_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [
+        (numbers(1, 2, 3, 5), sums(11, 22, 33, 55), 5),
+        (numbers(2, 7), sums(23, 77), 7),
+        (numbers(1), sums(12), 3),  # smaller
+        (numbers(2, 4), sums(24, 44), 6),
+        (numbers(), sums(), 6),
+    ]
+    found = []
+    for few in (16, -1):
+        monkeypatch.setattr(pagetable, "FEW_PAGES", few)
+        table = PageTable.create(tmp_path / f"pages{few}", lineage=LINEAGE, page_size=512)
+        states = []
+        for txid, (pgnos, checksums, commit) in enumerate(steps, start=1):
+            apply(table, txid, pgnos, checksums, commit)
+            states.append((table.state.xor, table.get(1, commit).tolist(), table.is_intact))
+        table.close()
+        found.append(states)
+    assert found[0] == found[1]
+    assert found[0][3][:2] == (12 ^ 24 ^ 44 ^ 33, [12, 24, 33, 44, 0, 0])
+    assert all(intact for _, _, intact in found[0])

@@ -15,6 +15,7 @@ from replicator.format.wal import (
     FrameHeader,
     Frames,
     WALHeader,
+    _scan_many,
     decode_frame_header,
     decode_wal_header,
     frame_count,
@@ -236,3 +237,34 @@ def test_the_newest_frame_of_a_page_wins_and_pages_beyond_the_limit_are_dropped(
     pgnos, index = newest_frames(np.array([3, 1, 3, 9, 1, 2, 8], dtype=np.uint32), 8)
     assert pgnos.tolist() == [1, 2, 3, 8]
     assert index.tolist() == [4, 5, 2, 6]
+
+
+@pytest.mark.parametrize("damage", [None, 8, 16, 4, 100, 520 * 3 + 40, 520 * 7 + 16])
+def test_a_few_frames_are_read_as_many_are(tmp_path: Path, damage: int | None) -> None:
+    data = bytearray(sqlite_wal(tmp_path / "db"))
+    header = decode_wal_header(bytes(data))
+    if damage is not None:
+        data[32 + damage] ^= 1
+    size, salts, checksum = frame_size(header.page_size), (header.salt1, header.salt2), (header.checksum1, header.checksum2)
+    assert len(data) > 32 + 12 * size
+    for count in range(12):
+        part = bytes(data[32 : 32 + count * size])
+        few = scan(bytes(data[: 32 + count * size]), header)
+        many = _scan_many(part, count, page_size=header.page_size, salts=salts, checksum=checksum, big_endian=header.big_endian)
+        assert few.pgnos.tolist() == many.pgnos.tolist()
+        assert few.commits.tolist() == many.commits.tolist()
+        assert few.checksums.tolist() == many.checksums.tolist()
+        assert {few.pgnos.dtype.name, few.commits.dtype.name, few.checksums.dtype.name} == {"uint32"}
+    if damage is None:
+        assert len(scan(bytes(data), header)) > 12
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 9, 40])
+def test_the_newest_of_a_few_frames_are_found_as_those_of_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pgnos = np.array([number * 7 % 11 + 1 for number in range(count)], dtype=np.uint32)
+    distinct, index = newest_frames(pgnos, 9)
+    monkeypatch.setattr("replicator.format.wal.FEW_FRAMES", -1)
+    expected = newest_frames(pgnos, 9)
+    assert distinct.tolist() == expected[0].tolist()
+    assert index.tolist() == expected[1].tolist()
+    assert (distinct.dtype, index.dtype) == (expected[0].dtype, expected[1].dtype)
