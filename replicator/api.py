@@ -508,11 +508,6 @@ class Replicator:
                     return False
             return True
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether it has ended for good: one of the things in `status`, at next to no cost."""
-        return self._board.state == "failed"
-
     def idle_s(self) -> float:
         """Return how long nothing has happened to the database."""
         return time.monotonic() - self._loop.news_at

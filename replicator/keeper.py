@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +20,6 @@ from replicator.chain import read_file
 from replicator.compactor import compact
 from replicator.errors import AccessDenied, CorruptReplica, NonContiguous, ObjectNotFound, ReplicatorError, RestoreError, StorageUnavailable
 from replicator.format.ltx import SNAPSHOT_LEVEL, TXID, FileInfo
-from replicator.gate import gate
 from replicator.levels import Compact, Files, History, due_compactions, due_snapshot, newest_txid
 from replicator.outbox import OutFile, Staging
 from replicator.plan import plan_restore
@@ -178,9 +177,7 @@ class Keeper:
 
     def _compact(self, task: Compact) -> None:
         try:
-            # What needs no store is work of this process alone, and that of a thousand databases is due at the same time.
-            with gate().first if all(self._recent.get(info) is not None for info in task.inputs) else nullcontext():
-                done = compact(task.inputs, task.level, self._read, self._scratch)
+            done = compact(task.inputs, task.level, self._read, self._scratch)
         except ObjectNotFound:
             self.unsound += 1
             self.replica.relist()  # somebody else deletes here, too

@@ -191,7 +191,7 @@ class Member:
             if self.is_parked:
                 return "parked"
             return "failed" if self.retry_at == math.inf else "waiting"
-        return "failed" if replicator.has_failed else "replicating"
+        return "failed" if replicator.status().state == "failed" else "replicating"
 
     @property
     def txid(self) -> TXID:

@@ -143,13 +143,15 @@ def waiting_snapshot(images: Images, replica: Replica, board: Board) -> Callable
 
     @contextlib.contextmanager
     def take(newer_than: TXID) -> Iterator[OutFile]:
-        with images.take(TXID(newer_than + 1)) as image:
-            with board.changed:
-                board.changed.wait_for(lambda: board.ends or replica.txid >= image.max_txid, CATCH_UP_TIMEOUT_S)
-                if board.fatal is not None:
-                    raise board.fatal
-                if replica.txid < image.max_txid:
-                    raise StorageUnavailable(f"raw files have not reached TXID {image.max_txid:016x}: {replica.url}")
+        with contextlib.ExitStack() as stack:
+            with gate().aside():  # an image may take long to make, and its raw files to be stored
+                image = stack.enter_context(images.take(TXID(newer_than + 1)))
+                with board.changed:
+                    board.changed.wait_for(lambda: board.ends or replica.txid >= image.max_txid, CATCH_UP_TIMEOUT_S)
+                    if board.fatal is not None:
+                        raise board.fatal
+                    if replica.txid < image.max_txid:
+                        raise StorageUnavailable(f"raw files have not reached TXID {image.max_txid:016x}: {replica.url}")
             yield image
 
     return take

@@ -196,6 +196,9 @@ class Quiet(Fake):
     def size_bytes(self) -> int:
         return 0
 
+    def is_at_rest(self, quiet_s: float) -> bool:
+        return self._can_leave
+
     def rest(self, *, quiet_s: float) -> None:
         if self._can_leave:
             raise Disturbed("somebody came")

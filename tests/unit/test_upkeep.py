@@ -12,6 +12,7 @@ from typing import Any
 
 from replicator.board import Board
 from replicator.format.ltx import TXID
+from replicator.gate import gate
 from replicator.levels import History
 from replicator.upkeep import Keeping, Upkeep
 from tests.e2e.databases import until
@@ -44,8 +45,8 @@ class Keeper:
         self.at_step()
 
 
-def keeping(keeper: Keeper, upkeep: Upkeep, *, state: str = "replicating") -> tuple[Keeping, Board]:
-    replica = Stub(txid=TXID(0), online=True, url="file:///r")
+def keeping(keeper: Keeper, upkeep: Upkeep, *, state: str = "replicating", kind: str = "memory") -> tuple[Keeping, Board]:
+    replica = Stub(txid=TXID(0), online=True, url=f"{kind}:///r", client=Stub(kind=kind))
     board = Board(Path("/d/a.db"), [replica], staging_limit_bytes=1)  # type: ignore[list-item]
     board.state = state  # type: ignore[assignment]
     made: Any = keeper
@@ -135,6 +136,17 @@ def test_no_more_than_two_at_once_unless_they_hang_and_the_end_waits_for_a_visit
     assert max(most) == 2
     for item in all_of_them:
         item.join(10)
+
+
+def test_work_on_a_directory_has_a_place_and_what_waits_for_a_store_has_none() -> None:
+    upkeep, inside = Upkeep(), dict[str, bool]()
+    for kind in ("file", "s3"):
+        keeper = Keeper(time.time() - 1, None)
+        keeper.at_step = lambda kind=kind: inside.update({kind: gate().is_inside})  # type: ignore[misc]
+        found, _ = keeping(keeper, upkeep, kind=kind)
+        until(lambda keeper=keeper: keeper.steps)  # type: ignore[misc]
+        found.join(10)
+    assert inside == {"file": True, "s3": False}
 
 
 def test_a_defect_is_told_and_ends_this_one_alone() -> None:
