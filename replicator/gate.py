@@ -1,13 +1,13 @@
 """How many threads of this process work on databases at once.
 
 A thread that holds SQLite's write lock, for a checkpoint or to move a pin, needs the interpreter a dozen times before it can let go, and writers
-wait until then. Among hundreds of threads that want the interpreter, too, each of these times takes long. So whoever reads a WAL, moves a page table
-or checkpoints does so in one of a few places, in the order in which they came. Then too much work shows as lag (a database is looked at less
-often, and what was committed meanwhile shares one file) and not as writers that wait.
+wait until then. Among hundreds of threads that want the interpreter, too, each of these times takes long. So whoever reads a WAL, moves a page table,
+checkpoints, stores a file in a directory or keeps the history there does so in one of a few places, in the order in which they came. Then too much
+work shows as lag (a database is looked at less often, and what was committed meanwhile shares one file) and not as writers that wait.
 
 A place is held while there is something to do, never while a store, a person or another database is waited for. What takes long all the same (a
 whole database is read, a disk does not answer, an application keeps its lock) does not count any more after `LATE_S`, so that it keeps nobody out for ever.
-Nobody enters with a lock in hand that somebody inside may want.
+Nobody enters, or comes back, with a lock in hand that somebody inside may wait for.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from replicator.errors import AccessDenied, Diverged, FormatError, LineageMismat
 from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Decoder, FileInfo, Header, decode_header
 from replicator.format.sqlite import lock_pgno
+from replicator.gate import gate
 from replicator.outbox import EncodedPages, Entry, OutFile, Staging
 from replicator.pagetable import PageTable
 from replicator.replica import Replica, new_lineage
@@ -70,7 +71,7 @@ class Known:
             }
             if {**self._txids, **seen} != self._txids:
                 self._txids.update(seen)
-                write_file(self._path, json.dumps(self._txids, indent=1).encode() + b"\n")
+                write_file(self._path, json.dumps(self._txids, indent=1).encode() + b"\n", waiting=gate().aside)
 
 
 @dataclass(frozen=True, slots=True)
