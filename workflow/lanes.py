@@ -1,8 +1,8 @@
 """Threads that run transactions and plain functions, so that the event loop never waits for a disk, or for a user's code.
 
 An instance file belongs to one lane, which runs its transactions in the order in which they were given. Two wake-ups are what a transaction costs beside
-itself: that of the lane, which comes when the loop has done all that it had to do, so that the two do not get into each other's way; and that of the
-loop, one for all that ended meanwhile.
+itself: that of the lane, when the loop has done all that an answer led to, so that the two do not get into each other's way; and that of the loop, one for
+all that ended meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lane:
     """One thread and its queue."""
 
     def __init__(self, answer: Answer, fill: Callable[[Lane], None], loop: asyncio.AbstractEventLoop, name: str) -> None:
-        """`fill`: called when it has got its first work of a turn of the loop, for which `start` is to be called in the end."""
+        """`fill`: called when it is given something, for which `start` is to be called soon."""
         self._answer = answer
         self._fill = fill
         self._loop = loop
@@ -127,9 +127,8 @@ class Lanes:
         self._filled.append(lane)
 
     def _start(self) -> None:
-        filled, self._filled = self._filled, []
-        for lane in filled:
-            lane.start()
+        while self._filled:
+            self._filled.pop().start()
 
     def answer(self, then: Then, value: Any, error: BaseException | None) -> None:
         """Call back in the loop's thread, soon. Call from any thread; after the end it is not heard."""
@@ -153,6 +152,7 @@ class Lanes:
                 left -= 1
                 then, value, error = self._answers.popleft()
                 then(value, error)
+                self._start()  # not when all are done: their disks work while the others are
         finally:
             self._is_delivering = False
             self._start()
