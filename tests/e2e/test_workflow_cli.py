@@ -203,3 +203,9 @@ def test_one_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     second = pyrepl("run", str(folder), "g", "-flows", "myflows", "-json")
     assert json.loads(second.stdout) == [{"run": "g", "status": "done"}], second.stderr
     assert asyncio.run(Client(folder).run("g").result()) == "hello kim!"
+
+
+def test_without_a_replica_nothing_of_replicas_is_imported() -> None:
+    code = "import sys, workflow; print(sorted(name for name in sys.modules if name.startswith('replicator') or name in ('boto3', 'lz4', 'numpy')))"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=30, check=True)
+    assert done.stdout == "['replicator', 'replicator.errors']\n"
