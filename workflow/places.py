@@ -16,7 +16,7 @@ import functools
 import heapq
 import logging
 import sqlite3
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -113,7 +113,8 @@ class Places:
         self._broken: dict[str, int] = {}
         self._arrival = 0
         self._count = 0
-        self._reserved = 0
+        self._reserved: Counter[str] = Counter()
+        """Places that are as good as taken, by flow."""
         self._pending = 0
         self._claiming = False
         self._forking = asyncio.Lock()
@@ -161,11 +162,14 @@ class Places:
     # -- places --------------------------------------------------------------------------------------------------------------------
 
     def _has_place(self, flow: Flow[..., Any] | None) -> bool:
-        if len(self._active) + self._reserved >= self._concurrency:
+        if self._taken() >= self._concurrency:
             return False
         if flow is None or flow.concurrency is None:
             return True
-        return sum(active.flow == flow.name for active in self._active.values()) + self._reserved < flow.concurrency
+        return sum(active.flow == flow.name for active in self._active.values()) + self._reserved[flow.name] < flow.concurrency
+
+    def _taken(self) -> int:
+        return len(self._active) + self._reserved.total()
 
     def _take_rate(self, flow: Flow[..., Any]) -> bool:
         """Count a start against the flow's rate; False when there is none left now."""
@@ -209,7 +213,7 @@ class Places:
         if self._is_closing or self._lost is not None:
             return
         held = []
-        while self._ready and len(self._active) + self._reserved < self._concurrency:
+        while self._ready and self._taken() < self._concurrency:
             item = heapq.heappop(self._ready)
             _, _, id, name = item
             if not self._has_place(flows.get(name)):
@@ -238,14 +242,14 @@ class Places:
                 wanted = 0
                 while self._has_place(flow) and wanted < 200 and self._take_rate(flow):
                     wanted += 1
-                    self._reserved += 1
+                    self._reserved[name] += 1
                 if not wanted:
                     continue
                 found: list[tuple[Indexed, Request]] = []
                 try:
                     found = await self._intake.do(functools.partial(_claimed, flow=name, limit=wanted))
                 finally:
-                    self._reserved -= wanted
+                    self._reserved[name] -= wanted
                 if len(found) < wanted:
                     self._queued[name] = False
                 for run, request in found:
@@ -272,7 +276,7 @@ class Places:
     def is_at_rest(self) -> bool:
         """Whether nothing happens before the next timer or request."""
         idle = all(active.execution is not None and active.execution.is_idle for active in self._active.values())
-        return idle and not self._pending and not self._ready and not self._claiming and not self._helpers and not self._reserved
+        return idle and not self._pending and not self._ready and not self._claiming and not self._helpers and not self._reserved.total()
 
     def _activate(self, id: str, flow: str, start: Request | None) -> None:
         active = self._active[id] = Active(flow)

@@ -57,7 +57,7 @@ class Requests(Forks):
         now = self._now()
         runs_now = id not in self._active and not self._queued.get(flow.name) and self._has_place(flow) and self._take_rate(flow)
         if runs_now:
-            self._reserved += 1
+            self._reserved[flow.name] += 1
         self._arrive()
         run = Indexed(
             id,
@@ -83,7 +83,7 @@ class Requests(Forks):
         finally:
             self._pending -= 1
             if runs_now:
-                self._reserved -= 1
+                self._reserved[flow.name] -= 1
         if durability == "replicated" and self._replication is not None:
             await self._replication.intake_barrier()
         is_new = found is run

@@ -35,6 +35,7 @@ from workflow import (
 )
 from workflow import intake as ik
 from workflow import journal as jr
+from workflow.context import flows
 from workflow.errors import BadId, Conflict, FolderInUse, MissingObject, NeedsReplica, NotJSON, Refused, RunFailed, Unreadable
 from workflow.testing import VirtualClock, replay_recorded, virtual_engine
 
@@ -754,6 +755,20 @@ async def test_concurrency_priority_and_rate_of_a_flow_hold(engine: Engine) -> N
         await run.result()
     assert [set(order[:2]), set(order[2:4]), order[4]] == [{0, 1}, {2, 3}, 4]
     assert engine.timers.clock.monotonic() - began >= 120
+
+
+@engine_test
+async def test_places_that_are_kept_for_runs_of_one_flow_are_not_taken_from_another(engine: Engine) -> None:
+    engine._reserved["narrow"] = 1  # as while its runs are taken from the queue
+    try:
+        assert engine._has_place(flows["in_order"])
+        engine._reserved["in_order"] = 1
+        assert not engine._has_place(flows["in_order"])
+        engine._reserved["in_order"] = 0
+        engine._reserved["narrow"] = engine._concurrency
+        assert not engine._has_place(flows["in_order"])
+    finally:
+        engine._reserved.clear()
 
 
 @flow(concurrency=1)
