@@ -243,6 +243,11 @@ def sync_file(file: int) -> None:
     os.fsync(file)
 
 
+def sync_data(file: int) -> None:
+    """Bring the bytes of a file to stable storage, of what describes it only what is needed to read them."""
+    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(file)
+
+
 def begin_flush(file: int, at: int, size: int) -> None:
     """Let the disk begin with bytes that were just written, so that `sync_file` has less to wait for. Changes nothing else.
 

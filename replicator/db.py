@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from replicator import livefile
+from replicator.atomic import sync_data
 from replicator.errors import DatabaseLocked, DatabaseNotFound, DatabaseStateError, FormatError, NotADatabase, NotWALMode
 from replicator.format.sqlite import SQLITE_MAGIC, lock_pgno
 from replicator.format.wal import WAL_HEADER_SIZE, WALHeader, frame_size
@@ -503,7 +504,7 @@ class Database:
         ahead: list[Changes] = []
         end, kept, flushed_to, unflushed = position, 0, 0, math.inf
         if flush:
-            os.fdatasync(self._file)  # what copying passes wrote, ours and others'
+            sync_data(self._file)  # what copying passes wrote, ours and others'
         for _ in range(AHEAD_ROUNDS):
             with self.wal() as wal:
                 decision = self.observe(end, wal)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replicator.atomic import sync_data
 from replicator.errors import FormatError
 from replicator.format.wal import (
     FRAME_HEADER_SIZE,
@@ -138,7 +139,7 @@ class WALFile:
 
     def flush(self) -> None:
         """Make what is written durable, so that the checkpoint that must do it has little left. Raises `OSError`."""
-        os.fdatasync(self._file)
+        sync_data(self._file)
 
     def header(self) -> WALHeader | None:
         """Return the header; None when it is missing, short or torn."""
