@@ -32,6 +32,8 @@ class Pool:
         self._began: dict[int, float] = {}
         self._idle = 0
         self._next = 0
+        self._threads: set[threading.Thread] = set()
+        self._is_dismissed = False
 
     def room(self) -> int:
         """Return how many jobs can begin at once."""
@@ -48,15 +50,28 @@ class Pool:
     def submit(self, job: Callable[[], None]) -> None:
         """Let a thread do a job. Raises `RuntimeError`: the system has no more threads; the job is not done then."""
         with self._changed:
+            self._is_dismissed = False
             self._jobs.append(job)
             if self._idle >= len(self._jobs):
                 self._changed.notify()
                 return
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             try:
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                thread.start()
             except RuntimeError:
                 self._jobs.remove(job)
                 raise
+            self._threads.add(thread)
+
+    def dismiss(self, timeout_s: float) -> None:
+        """Let the threads end as soon as they have nothing to do, not after a while, and wait for that; until the next job."""
+        with self._changed:
+            self._is_dismissed = True
+            threads = list(self._threads)
+            self._changed.notify_all()
+        end = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _work(self) -> None:
         with self._changed:
@@ -66,9 +81,10 @@ class Pool:
             with self._changed:
                 if not self._jobs:
                     self._idle += 1
-                    self._changed.wait_for(lambda: self._jobs, LINGER_S)
+                    self._changed.wait_for(lambda: self._jobs or self._is_dismissed, LINGER_S)
                     self._idle -= 1
                 if not self._jobs:
+                    self._threads.discard(threading.current_thread())
                     return
                 job = self._jobs.popleft()
                 self._began[mine] = time.monotonic()

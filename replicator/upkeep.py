@@ -30,7 +30,7 @@ __all__ = ["Keeping", "Upkeep", "upkeep"]
 
 AT_ONCE, AT_ONCE_REMOTE = 2, 16
 """Visits side by side. Those of a directory are work for this machine; those of a store mostly wait for it."""
-NO_THREAD_RETRY_S = 1.0
+NO_THREAD_RETRY_S, DISMISS_S = 1.0, 1.0
 SPARE = 64
 
 log = logging.getLogger(__name__)
@@ -171,13 +171,22 @@ class Upkeep:
             return keeping in self._known or keeping in self._working
 
     def remove(self, keeping: Keeping, timeout_s: float | None) -> None:
-        """Visit it no more; returns when no visit is under way, or the time is over."""
+        """Visit it no more; returns when no visit is under way, or the time is over. With the last one the threads end."""
         with self._changed:
             self._known.pop(keeping, None)
             self._ready.pop(keeping, None)
             self._sweep()
             self._changed.notify_all()
             self._changed.wait_for(lambda: keeping not in self._working, timeout_s)
+            thread = self._thread
+            is_last = not self._known and not self._working
+            if is_last and thread is not None:
+                self._changed.wait_for(lambda: self._thread is not thread or self._known, DISMISS_S)
+                is_last = self._thread is None
+        if is_last:
+            if thread is not None:
+                thread.join(DISMISS_S)
+            self._pool.dismiss(DISMISS_S)
 
     def visit_soon(self, keeping: Keeping) -> None:
         """Something has come."""
@@ -216,6 +225,7 @@ class Upkeep:
                 self._changed.wait(None if wait_s == math.inf else wait_s)
             self._thread = None
             self._heap.clear()
+            self._changed.notify_all()
 
     def _schedule(self, keeping: Keeping, due: float) -> None:
         if keeping in self._known:

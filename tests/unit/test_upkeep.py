@@ -69,6 +69,18 @@ def test_what_is_due_is_done_at_its_time_and_then_it_is_at_rest() -> None:
     assert not found.is_alive()
 
 
+def test_no_thread_is_left_with_the_last_one_and_another_one_starts_them_again() -> None:
+    before, upkeep = set(threading.enumerate()), Upkeep()
+    for _ in range(3):
+        several = [keeping(Keeper(None), upkeep)[0] for _ in range(4)]
+        until(lambda several=several: all(found.rests_until == math.inf for found in several))
+        for found in several[1:]:
+            found.join(10)
+        assert set(threading.enumerate()) > before
+        several[0].join(10)
+        assert set(threading.enumerate()) <= before
+
+
 def test_nothing_begins_before_the_database_is_open() -> None:
     keeper, upkeep = Keeper(None), Upkeep()
     found, board = keeping(keeper, upkeep, state="starting")
