@@ -56,7 +56,8 @@ __all__ = ["Checkpoint", "Database", "Image"]
 LOCK_RETRY_S = 0.00005
 LOCK_BUDGET_S = 0.25
 COPY_PASS_PAGES = 1000
-AHEAD_ROUNDS, FEW_FRAMES, FLUSH_BYTES = 20, 256, 2 << 20
+AHEAD_ROUNDS, FEW_FRAMES = 20, 256
+FLUSH_BYTES, FLUSH_GAIN = 2 << 20, 0.8
 OTHERS_RETRY_S, OTHERS_BUDGET_S = 0.0002, 0.03
 IMAGE_CHUNK_BYTES = 1 << 20
 LOCKED_READ_BYTES = 8 << 20
@@ -511,7 +512,7 @@ class Database:
                 if wal is None or not isinstance(decision, Continue) or (ahead and decision.position != end):
                     break
                 since = decision.position.offset - flushed_to
-                if flush and FLUSH_BYTES < since < unflushed / 2:
+                if flush and FLUSH_BYTES < since < unflushed * FLUSH_GAIN:
                     flushed_to, unflushed = decision.position.offset, since
                     wal.flush()
                 elif ahead and ahead[-1].frames < FEW_FRAMES:

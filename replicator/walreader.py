@@ -36,6 +36,7 @@ __all__ = ["Changes", "WALFile", "joined"]
 
 FIRST_READ = 1 << 16
 NEXT_READ = 4 << 20
+READ_GROWTH = 4
 KEEP_BYTES = 16 << 20
 SALTS_AT = 8
 _SALTS = struct.Struct(">II")
@@ -221,7 +222,8 @@ class WALFile:
             if limit is not None and committed * size >= limit:
                 more = True
                 break
-            want = max(NEXT_READ // size, 1) * size
+            # Little by little: behind the end of a WAL that was restarted lie the frames of the old one, and they would be read for nothing.
+            want = max(min(READ_GROWTH * want, NEXT_READ) // size, 1) * size
         following = self.frame_header(offset) if not more and (stop_at is None or offset < stop_at) else None
         self.wrong_frame = following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
         if not committed:

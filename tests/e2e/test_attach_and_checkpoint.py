@@ -534,6 +534,34 @@ def test_what_was_read_ahead_in_stretches_is_one_transaction_file(tmp_path: Path
     application.close()
 
 
+def test_the_frames_of_an_old_wal_behind_the_end_are_not_read_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, client = tmp_path / "a.db", MemoryClient()
+    application = connect(database, autocheckpoint=0)
+    subject = engine_for(database, client)
+    subject.open()
+    drain(subject)
+    insert(application, 1500, size=3900)
+    drain(subject)
+    assert subject.checkpoint()
+    for _ in range(30):  # more than one reading of the first size
+        insert(application, 1)
+    assert wal_of(database).stat().st_size > 6_000_000
+    pread, sizes = os.pread, []
+
+    def counting(*args: int) -> bytes:
+        data = pread(*args)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    drain(subject)
+    monkeypatch.undo()
+    assert 120_000 < sum(sizes) < 600_000
+    assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    subject.close()
+    application.close()
+
+
 @pytest.mark.fault("F14")
 def test_a_reader_that_stays_is_not_met_at_every_look(tmp_path: Path) -> None:
     database, client = tmp_path / "a.db", MemoryClient()
