@@ -542,7 +542,7 @@ def test_the_frames_of_an_old_wal_behind_the_end_are_not_read_for_nothing(tmp_pa
     drain(subject)
     insert(application, 1500, size=3900)
     drain(subject)
-    assert subject.checkpoint()
+    assert any(subject.checkpoint() for _ in range(3))
     for _ in range(30):  # more than one reading of the first size
         insert(application, 1)
     assert wal_of(database).stat().st_size > 6_000_000
