@@ -97,7 +97,7 @@ class EngineThread:
             if news:
                 last_news = self.news_at = time.monotonic()
                 self._rested = False
-                if not self._at_once and last_news - last_found <= ARM_S:
+                if not self._at_once and last_news - last_found <= max(ARM_S, 2 * self._interval):
                     self._watch.disarm()  # it is written to all the time: more events than are of use
                 last_found = last_news
             elif (self._at_once or time.monotonic() - last_news > ARM_S) and not self._watch.armed and self._watch.arm():
