@@ -279,6 +279,19 @@ def test_a_commit_now_and_then_is_looked_at_once_and_a_busy_writer_at_a_pace(tmp
     application.close()
 
 
+def test_events_of_a_busy_writer_wake_nobody_at_a_slow_pace_either(tmp_path: Path) -> None:
+    application = connect(tmp_path / "a.db")
+    with Replicator(tmp_path / "a.db", MemoryClient(), history=None, sync_interval_s=0.3) as engine:
+        until(lambda: engine._loop._watch.armed)
+        end = time.monotonic() + TIMEOUT_S
+        while engine._loop._watch.armed and time.monotonic() < end:
+            insert(application, 1)
+            time.sleep(0.01)
+        assert not engine._loop._watch.armed
+        until(lambda: engine._loop._watch.armed)  # when it is quiet
+    application.close()
+
+
 def until_quiet(engine: Replicator) -> int:
     """Wait until no look follows for a moment; returns how many there were."""
     seen = [-1]
