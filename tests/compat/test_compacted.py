@@ -24,7 +24,7 @@ def test_what_we_compacted_and_pruned(tmp_path: Path, url: str) -> None:
     database = tmp_path / "a.db"
     application = connect(database, page_size=1024)
     with Replicator(database, url, history=SHORT, sync_interval_s=0.05, min_checkpoint_pages=20) as engine:
-        end = time.monotonic() + 7
+        end = time.monotonic() + 5
         while time.monotonic() < end:
             insert(application, 7)
             application.execute("DELETE FROM t WHERE id % 11 = 3")
@@ -38,8 +38,9 @@ def test_what_we_compacted_and_pruned(tmp_path: Path, url: str) -> None:
     assert min(len(files[level]) for level in (0, 1, 2, 3, 9)) > 0
     ends = sorted({info.max_txid for infos in files.values() for info in infos})
     assert ends[0] > 1  # something was pruned
-    targets = [["-txid", f"{txid:016x}"] for txid in ends]
-    if url.startswith("file"):  # in a bucket its bounds are upload times in whole seconds (specification 2.5)
+    in_folder = url.startswith("file")
+    targets = [["-txid", f"{txid:016x}"] for txid in (ends if in_folder else [*ends[::4], ends[-1]])]
+    if in_folder:  # in a bucket its bounds are upload times in whole seconds (specification 2.5)
         times = sorted({info.created_at for infos in files.values() for info in infos})
         for when in (*times[::5], times[-1]):
             for shift in (0, 1):

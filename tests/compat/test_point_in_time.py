@@ -1,4 +1,4 @@
-"""Both engines plan the same files for every TXID and around every time: on replicas that the released binary wrote, and on made ones."""
+"""Both engines plan the same files for many TXIDs and around many times: on replicas that the released binary wrote, and on made ones."""
 
 from __future__ import annotations
 
@@ -105,17 +105,17 @@ def replica(request: pytest.FixtureRequest, tmp_path: Path) -> FileClient:
 
 
 def targets(client: FileClient) -> list[list[str]]:
-    """Flags for no target, every TXID, and times at, 1 ms around and between those of the files, and far outside."""
+    """Flags for no target, many TXIDs, and times at, 1 ms around and between those of the files, and far outside."""
     files = [info for level in list_files(client).values() for info in level]
     last = max(info.max_txid for info in files)
     times = sorted({info.created_at for info in files})
     wanted = {times[0] - timedelta(days=400), times[-1] + timedelta(days=400), times[-1] + timedelta(seconds=1)}
-    for when in times if len(times) <= 25 else [*times[:8], *times[8:-8:4], *times[-8:]]:
+    for when in times if len(times) <= 12 else [*times[:4], *times[4:-4:6], *times[-4:]]:
         wanted |= {when, when - timedelta(milliseconds=1), when + timedelta(milliseconds=1)}
-    wanted |= {left + (right - left) / 2 for left, right in zip(times[::5], times[1::5], strict=False)}
+    wanted |= {left + (right - left) / 2 for left, right in zip(times[::7], times[1::7], strict=False)}
     return [
         [],
-        *(["-txid", f"{txid:016x}"] for txid in range(1, last + 3)),
+        *(["-txid", f"{txid:016x}"] for txid in (*range(1, 10), *range(10, last, 4), *range(max(last, 10), last + 3))),
         *(["-timestamp", when.isoformat(timespec="milliseconds").replace("+00:00", "Z")] for when in sorted(wanted)),
     ]
 
@@ -149,7 +149,7 @@ def test_the_plans_in_a_bucket_are_those_of_the_released_binary(seaweed, capsys:
     """By TXID: the times of a bucket are those of the upload for its bounds, which we do not follow (specification, section 2.5)."""
     url = seaweed.url("point-in-time")
     make(open_client(url), MADE["all-levels"])
-    for flags in ([], *(["-txid", f"{txid:016x}"] for txid in range(1, 32, 2))):
+    for flags in ([], *(["-txid", f"{txid:016x}"] for txid in range(1, 32, 4))):
         command = ["restore", "-dry-run", "-json", "-o", "/nowhere/x.db", *flags, url]
         theirs = litestream(*command)
         assert main(command) == theirs.returncode

@@ -17,11 +17,11 @@ TIMEOUT_S = 60
 
 
 def every_txid_is_equal(url: str, folder: Path) -> None:
-    """Both restore each TXID to the same bytes, and both run integrity_check."""
+    """Both restore each TXID (of a bucket: each third, and the newest) to the same bytes, and both run integrity_check."""
     chain = txids(url)
     assert chain
     assert chain == list(range(chain[0], chain[-1] + 1))
-    for txid in chain:
+    for txid in chain if url.startswith("file") else [*chain[:-1:3], chain[-1]]:
         theirs = folder / f"theirs-{txid}.db"
         litestream_restore(url, theirs, "-txid", f"{txid:016x}")
         assert restored(url, folder, txid=txid).read_bytes() == theirs.read_bytes()

@@ -44,8 +44,8 @@ class Writer(threading.Thread):
 @pytest.mark.parametrize(
     "kills",
     [
-        20,
-        pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        10,
+        pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         pytest.param(200, marks=[pytest.mark.scheduled, pytest.mark.timeout(900)]),
     ],
 )

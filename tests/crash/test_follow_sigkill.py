@@ -134,8 +134,8 @@ def kill_rounds(folder: Path, rounds: int) -> None:
 
 
 @pytest.mark.fault("F1")
-def test_twenty_kills_leave_committed_states(tmp_path: Path) -> None:
-    kill_rounds(tmp_path, 20)
+def test_ten_kills_leave_committed_states(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 10)
 
 
 @pytest.mark.scheduled
@@ -195,7 +195,7 @@ def test_readers_see_committed_states_in_order_and_nothing_worse_than_busy(tmp_p
             follower = Follower(client, copy, txid)
             applied: list[int] = []
             follower._applied = applied.append
-            while len(applied) < 200:
+            while len(applied) < 100:
                 writer.write()
                 engine.wait(timeout_s=60)
                 follower.tick(NEVER)

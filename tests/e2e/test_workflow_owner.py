@@ -151,29 +151,38 @@ def test_a_run_that_another_host_has_claimed_is_refused_to_its_former_one(tmp_pa
     assert len(_ran) == 2
 
 
+_claimed = asyncio.Event()
+
+
 @step
-async def slow(number: int) -> int:
-    await asyncio.sleep(0.1)
+async def until_claimed(number: int) -> int:
+    if number >= 4:
+        await _claimed.wait()
     return number
 
 
 @flow
 async def counts() -> list[int]:
-    return [await slow(number) for number in range(20)]
+    return [await until_claimed(number) for number in range(20)]
 
 
 def test_a_run_that_is_claimed_while_it_runs_is_stopped_and_the_rest_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
+        _claimed.clear()
         url = f"file://{tmp_path}/root"
         async with Engine(tmp_path / "a", replica=url, host="a") as a, Engine(tmp_path / "b", replica=url, host="b") as b:
             mine, stays = await a.start(counts, id="it"), await a.start(counts, id="stays")
             async with asyncio.timeout(20):
                 while len(await mine.steps()) < 4:
                     await asyncio.sleep(0.01)
-            assert await (await b.take("it")).result() == list(range(20))
+            taken = await b.take("it")
+            _claimed.set()
+            assert await taken.result() == list(range(20))
             assert await mine.result() == list(range(20))  # a asks the replica
             assert await stays.result() == list(range(20))
-            assert {run.id for run in await a.runs()} == {"stays"}
+            async with asyncio.timeout(20):
+                while {run.id for run in await a.runs()} != {"stays"}:
+                    await asyncio.sleep(0.01)
             assert a._lost is None
 
     asyncio.run(run())

@@ -13,7 +13,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from replicator.replica import Replica
 from replicator.testing import CrashRecoveryMachine
 
-NOTICED = r"acknowledged|restored|non-contiguous|has a gap|another writer|no matching"
+NOTICED = r"acknowledged|restored|non-contiguous|has a gap|another writer|no matching|lost files"
 SETTINGS = settings(max_examples=12, stateful_step_count=12, deadline=None)
 
 

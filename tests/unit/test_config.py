@@ -778,23 +778,23 @@ def test_any_text_is_a_configuration_or_an_error_with_a_place(text: str, lenient
     "text",
     [
         "x" * (1 << 21),
-        "$A" * 400_000,
+        "$A" * 150_000,
         "\ud800",
-        "dbs: [" + "{path: a, replica: {path: r}}," * 12_000 + "]",
-        "dbs: [" + ",".join(f"{{path: a{n}, replica: {{path: r{n}}}}}" for n in range(12_000)) + "]",
-        "".join(f"key{n}: 1\n" for n in range(45_000)),
+        "dbs: [" + "{path: a, replica: {path: r}}," * 4_000 + "]",
+        "dbs: [" + ",".join(f"{{path: a{n}, replica: {{path: r{n}}}}}" for n in range(4_000)) + "]",
+        "".join(f"key{n}: 1\n" for n in range(15_000)),
         "a" * 1_000_000 + ": 1",
         "l0-retention: " + "1" * 1_000_000,
         "l0-retention: " + "1" * 1_000_000 + "h",
         "dbs: &d [*d]",
-        "p: &p {path: r}\ndbs: [" + ",".join(["{path: a, replicas: [" + "*p," * 20 + "]}"] * 4000) + "]",
+        "p: &p {path: r}\ndbs: [" + ",".join(["{path: a, replicas: [" + "*p," * 20 + "]}"] * 1500) + "]",
     ],
 )
 def test_large_and_strange_files_take_bounded_time(text: str, lenient: bool) -> None:
     started = time.process_time()
     with contextlib.suppress(ConfigError):
         read(text, lenient=lenient, environ={"A": "x" * 10})
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 10
 
 
 # -- the format ------------------------------------------------------------------------------------------------------------------

@@ -359,7 +359,7 @@ def outcome(follower: Follower) -> str:
 def test_damage_names_the_file_and_what_leads_up_to_it_is_applied(tmp_path: Path, history: History) -> None:
     client = started(history, tmp_path)
     good = history.file(7, 7)
-    for at in range(0, len(good), 11):
+    for at in range(0, len(good), 23):
         for damaged in (good[:at] + bytes([good[at] ^ 0x40]) + good[at + 1 :], good[:at]):
             for suffix in ("", "-txid"):
                 (tmp_path / f"copy.db{suffix}").unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def test_levels_and_window_with_short_intervals_and_bursts(tmp_path: Path) -> No
     """Each TXID that is still a boundary restores to what it was, at many moments of its life."""
     history = History((7, 31, 100), snapshot_interval_s=300, snapshot_retention_s=600, l0_retention_s=20, l0_retention_check_interval_s=5)
     simulation = Simulation(tmp_path, history)
-    for step in range(1500):
+    for step in range(750):
         for _ in range(simulation.random.choice([0, 1, 1, 2, 9])):
             simulation.write()
             simulation.advance(simulation.random.uniform(0, 0.5))

@@ -118,10 +118,10 @@ def claim_without_another_look_at_the_lease() -> Iterator[None]:
 
 # What each one breaks, and a seed that notices it soon. (The others are tried, too: a change of the protocol changes all runs.)
 MUTANTS = {
-    skip_the_claim: (64, ("exclusive", "complete")),
+    skip_the_claim: (120, ("exclusive", "complete")),
     trust_the_local_clock: (65, ("patient",)),
     retry_blindly_after_a_timeout: (64, ("one writer", "nothing lost")),
-    no_reread_after_sleep: (72, ("one writer", "nothing lost", "exclusive")),
+    no_reread_after_sleep: (14, ("one writer", "nothing lost", "exclusive")),
     lease_without_append: (64, ("one writer", "nothing lost")),
     claim_without_another_look_at_the_lease: (238, ("exclusive",)),
     acknowledge_before_it_is_stored: (58, ("nothing lost", "one writer")),

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import replicator
@@ -77,6 +77,7 @@ def test_each_page_comes_from_the_newest_file_and_the_end_is_cut(tmp_path: Path)
     assert restored(client, tmp_path, txid=TXID(2)) == page(1, 2) + page(2, 1) + page(3, 2) + page(4, 1) + page(5, 2) + page(6, 2)
 
 
+@settings(max_examples=50)
 @given(steps=st.lists(st.tuples(st.integers(1, 12), st.sets(st.integers(1, 12))), min_size=1, max_size=8))
 def test_restoring_is_applying_all_files_in_order(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]]]) -> None:
     client, model, commit = MemoryClient(), {}, 0
