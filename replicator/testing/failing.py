@@ -379,19 +379,21 @@ def each_failure(
     kinds: Collection[Kind] = (Kind.FILES, Kind.SQLITE),
     packages: Collection[str] = ("replicator",),
     jump_s: float = 86400.0,
+    every: int = 1,
     limit: int = LIMIT,
 ) -> Iterator[FailNth]:
     """Yield failures of the first step, the second, and so on, up to the first that does not happen. Each is entered around the same work.
 
     Args:
         ever, how, kinds, packages, jump_s: as for `FailNth`.
+        every: 3 takes each third step alone, for work that takes long.
         limit: more steps than that mean that the work has no end.
 
     Raises:
         RuntimeError: a failure was not entered, or there are more steps than `limit`.
     """
     with _connections_that_may_fail():
-        for n in range(limit):
+        for n in range(0, limit, every):
             failure = FailNth(n, ever=ever, how=how, kinds=kinds, packages=packages, jump_s=jump_s)
             yield failure
             if not failure.entered:

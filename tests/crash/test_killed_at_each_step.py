@@ -151,14 +151,18 @@ def check_lease(world: World) -> None:
 
 
 @pytest.mark.fault("F1")
-@pytest.mark.parametrize("every", [STRIDE, pytest.param(1, marks=pytest.mark.slow)], ids=["some steps", "each step"])
+@pytest.mark.parametrize(
+    "every",
+    [STRIDE, pytest.param(3, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.scheduled)],
+    ids=["some steps", "many steps", "each step"],
+)
 @pytest.mark.parametrize("what", ["sync", "checkpoint", "staging", "snapshot", "history", "restore", "lease"])
 def test_killed(tmp_path: Path, what: str, every: int) -> None:
     worlds = copies(tmp_path)
     with forking() as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        for n in range(2 if every > 1 else 0, 1000, every):
+        for n in range(2 if every == STRIDE else 0, 1000, every):
             with worlds() as world:
                 new = [] if what != "restore" else rows(restored(world.replica, world.folder))
                 if what == "restore":

@@ -59,8 +59,8 @@ def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sixty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    kill_rounds(tmp_path, 60)
+def test_thirty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 30)
 
 
 @pytest.mark.parametrize("format", ["ltx", "v0.3"])

@@ -66,5 +66,5 @@ def test_six_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sixty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    kill_rounds(tmp_path, 60)
+def test_thirty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    kill_rounds(tmp_path, 30)

@@ -36,13 +36,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 MEANT = (ReplicatorError, OSError, sqlite3.Error)
 """What an operation may fail with."""
 
-once = [pytest.param(False, How.REFUSED, id="once")]
-in_other_ways = [
-    pytest.param(True, How.REFUSED, id="for good", marks=pytest.mark.slow),
-    pytest.param(False, How.UNKNOWN, id="unknown", marks=pytest.mark.slow),
-    pytest.param(False, How.SHORT, id="short writes"),
-]
-ways = pytest.mark.parametrize(("ever", "how"), once + in_other_ways)
+EVERY = 3
+"""Of the longer ways, each third step for each change, and each step now and then."""
+
+ways = pytest.mark.parametrize(
+    ("ever", "how", "every"),
+    [
+        pytest.param(False, How.REFUSED, 1, id="once"),
+        pytest.param(False, How.SHORT, 1, id="short writes"),
+        pytest.param(True, How.REFUSED, EVERY, id="for good", marks=pytest.mark.slow),
+        pytest.param(False, How.UNKNOWN, EVERY, id="unknown", marks=pytest.mark.slow),
+        pytest.param(True, How.REFUSED, 1, id="each for good", marks=pytest.mark.scheduled),
+        pytest.param(False, How.UNKNOWN, 1, id="each unknown", marks=pytest.mark.scheduled),
+    ],
+)
 
 
 @pytest.fixture
@@ -76,8 +83,8 @@ def check(world: World, failure: FailNth) -> None:
 
 @pytest.mark.fault("F1", "F24")
 @ways
-def test_sync(worlds: Worlds, ever: bool, how: How) -> None:
-    for failure in each_failure(ever=ever, how=how):
+def test_sync(worlds: Worlds, ever: bool, how: How, every: int) -> None:
+    for failure in each_failure(ever=ever, how=how, every=every):
         with worlds() as world:
             with failure, contextlib.suppress(*MEANT):
                 world.sync()
@@ -87,8 +94,8 @@ def test_sync(worlds: Worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F23")
 @ways
-def test_staging_and_upload(worlds: Worlds, ever: bool, how: How) -> None:
-    for failure in each_failure(ever=ever, how=how):
+def test_staging_and_upload(worlds: Worlds, ever: bool, how: How, every: int) -> None:
+    for failure in each_failure(ever=ever, how=how, every=every):
         with worlds() as world:
             engine = world.sync()
             world.commit(2)
@@ -106,8 +113,8 @@ def test_staging_and_upload(worlds: Worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F11")
 @ways
-def test_checkpoint(worlds: Worlds, ever: bool, how: How) -> None:
-    for failure in each_failure(ever=ever, how=how):
+def test_checkpoint(worlds: Worlds, ever: bool, how: How, every: int) -> None:
+    for failure in each_failure(ever=ever, how=how, every=every):
         with worlds() as world:
             engine = world.sync()
             world.commit()
@@ -123,9 +130,9 @@ def test_checkpoint(worlds: Worlds, ever: bool, how: How) -> None:
 
 @pytest.mark.fault("F1", "F23")
 @ways
-def test_snapshot(worlds: Worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot(worlds: Worlds, ever: bool, how: How, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.outbox.Spool.__init__.__kwdefaults__", {"limit_bytes": 1000})  # through a file
-    for failure in each_failure(ever=ever, how=how):
+    for failure in each_failure(ever=ever, how=how, every=every):
         with worlds() as world:
             engine = world.sync()
             with failure, contextlib.suppress(*MEANT):
@@ -143,10 +150,10 @@ def test_snapshot(worlds: Worlds, ever: bool, how: How, monkeypatch: pytest.Monk
 
 @pytest.mark.fault("F1", "F34")
 @ways
-def test_compaction_and_retention(worlds: Worlds, ever: bool, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_and_retention(worlds: Worlds, ever: bool, how: How, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is due after an hour: merging, a full image, deletion of raw files."""
     monkeypatch.setattr("replicator.compactor.RESULT_BYTES", 1000)
-    for failure in each_failure(ever=ever, how=how):
+    for failure in each_failure(ever=ever, how=how, every=every):
         with worlds() as world:
             for _ in range(2):
                 world.commit(1)
@@ -172,13 +179,13 @@ def test_compaction_and_retention(worlds: Worlds, ever: bool, how: How, monkeypa
 @pytest.mark.fault("F1", "F23", "F18")
 @pytest.mark.parametrize("place", ["nothing", "a database with a WAL"])
 @ways
-def test_restore(worlds: Worlds, place: str, ever: bool, how: How) -> None:
+def test_restore(worlds: Worlds, place: str, ever: bool, how: How, every: int) -> None:
     """Either the output is the restored database, or it is what was there before: with `-force` a database, and its WAL with half of the rows."""
     with worlds() as world:
         world.sync()
         new = rows(world.database)
         old = new[:2]
-        for failure in each_failure(ever=ever, how=how):
+        for failure in each_failure(ever=ever, how=how, every=every):
             folder = world.folder / "out"
             folder.mkdir()
             output = folder / "r.db"
@@ -222,9 +229,9 @@ class Clocks:
 
 @pytest.mark.fault("F1", "F46")
 @ways
-def test_lease(tmp_path: Path, ever: bool, how: How) -> None:
+def test_lease(tmp_path: Path, ever: bool, how: How, every: int) -> None:
     """Taken, renewed and given back while steps fail: never two owners, and another one has it at the latest when its time is over."""
-    for failure in each_failure(ever=ever, how=how):
+    for failure in each_failure(ever=ever, how=how, every=every):
         clock = Clocks()
         one, two = (Lease(FileClient(tmp_path / "home"), owner=name, ttl_s=10.0, clock=clock, background=False) for name in ("one", "two"))
         with failure, contextlib.suppress(*MEANT):

@@ -117,8 +117,8 @@ def test_sixty_rounds_of_everything_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_rounds_of_everything_at_once(tmp_path: Path) -> None:
-    commits_and_everything_else(tmp_path, 200)
+def test_a_hundred_rounds_of_everything_at_once(tmp_path: Path) -> None:
+    commits_and_everything_else(tmp_path, 100)
 
 
 @pytest.mark.parametrize("protected", [True, False])

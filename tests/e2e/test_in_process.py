@@ -82,8 +82,8 @@ def test_four_threads_and_two_processes_for_three_seconds(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_four_threads_and_two_processes_for_thirty_seconds(tmp_path: Path) -> None:
-    hammer(tmp_path, 30)
+def test_four_threads_and_two_processes_for_fifteen_seconds(tmp_path: Path) -> None:
+    hammer(tmp_path, 15)
 
 
 def test_the_descriptor_of_the_database_is_never_closed_and_never_doubled(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_each_step_fails_once_and_then_none(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"new" * 1000
     names = [what.partition(" ")[0] for what in seen]
     assert names == ["os.open", "os.open", "fcntl.flock", "os.fstat", "os.write", "os.fsync", "os.rename", "os.fsync", "os.close"]
+    some = []
+    for failure in each_failure(every=4):
+        with failure, contextlib.suppress(OSError):
+            write(tmp_path)
+        some += failure.failed
+    assert [what.partition(" ")[0] for what in some] == names[::4]
 
 
 def test_a_writer_that_forgets_to_clean_up_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
