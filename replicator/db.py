@@ -120,6 +120,7 @@ class Database:
         self._keeps_frames = keeps_frames
         self.page_size = 0
         self._wal_path = path.with_name(path.name + "-wal")
+        self._names = os.fspath(path), os.fspath(self._wal_path)
         self._busy_timeout_s = busy_timeout_s
         self._file = -1
         self._acquired: livefile.Identity | None = None
@@ -228,9 +229,9 @@ class Database:
         """True when another file, or none, stands at the path now, or at that of its WAL. (SQLite deletes a WAL only when nobody has it
         open, and we have.)
         """
-        if _identity(self.path) != self._identity:
+        if _identity(self._names[0]) != self._identity:
             return True
-        return self._wal_identity is not None and _identity(self._wal_path) != self._wal_identity
+        return self._wal_identity is not None and _identity(self._names[1]) != self._wal_identity
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"file:{quote(str(self.path.absolute()))}?mode={mode}"
@@ -596,9 +597,9 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     return (3, 7, 0) <= version < (3, 51, 3)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(name: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        found = os.stat(name)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino

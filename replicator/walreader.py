@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Changes", "WALFile", "joined"]
 
-FIRST_READ = 1 << 16
+FIRST_READ, FIRST_READ_MOST = 1 << 16, 1 << 20
 NEXT_READ = 4 << 20
 READ_GROWTH = 4
 KEEP_BYTES = 16 << 20
@@ -119,6 +119,7 @@ class WALFile:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises `FileNotFoundError`."""
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._header: tuple[bytes, WALHeader | None] = b"", None  # as it was read last
         try:
             status = os.fstat(self._file)
         except BaseException:
@@ -127,6 +128,8 @@ class WALFile:
         self.identity = status.st_dev, status.st_ino
         self.wrong_frame = False
         """Whether `changes` stopped at a frame that carries the WAL's salts, but not the right checksum."""
+        self._found_bytes = 0
+        """How much `changes` found lately: the next one will find about as much, or nothing, when it comes early."""
 
     def __enter__(self) -> WALFile:
         return self
@@ -144,10 +147,13 @@ class WALFile:
 
     def header(self) -> WALHeader | None:
         """Return the header; None when it is missing, short or torn."""
-        try:
-            return decode_wal_header(os.pread(self._file, WAL_HEADER_SIZE, 0))
-        except FormatError:
-            return None
+        data = os.pread(self._file, WAL_HEADER_SIZE, 0)
+        if data != self._header[0]:
+            try:
+                self._header = data, decode_wal_header(data)
+            except FormatError:
+                self._header = data, None
+        return self._header[1]
 
     def frame_header(self, offset: int) -> FrameHeader | None:
         """Return the header of the frame that starts at a byte offset; None when it is not all there."""
@@ -193,20 +199,22 @@ class WALFile:
         kept: list[bytes] | None = [] if keep else None
         kept_bytes = 0
         checksum, offset, frames, committed = position.checksum, position.offset, 0, 0
-        want = max(FIRST_READ // size, 1) * size
+        # A quarter more than the last time, and in one read: pieces would be put together.
+        want = max(min(max(FIRST_READ, self._found_bytes + self._found_bytes // 4), FIRST_READ_MOST) // size, 1) * size
         more = False
         while True:
             if stop_at is not None:
                 want = min(want, stop_at - offset)
-            data = os.pread(self._file, want, offset) if want > 0 else b""
+            data, valid = os.pread(self._file, want, offset) if want > 0 else b"", 0
             if len(data) < size or _SALTS.unpack_from(data, SALTS_AT) != position.salts:
                 break  # what most looks find; the arrays below cost more than all the rest
             found = scan_frames(data, page_size=page_size, salts=position.salts, checksum=checksum, big_endian=big_endian)
             if not len(found):
                 break
+            valid = len(found) * size
             parts.append((found.pgnos, found.commits, found.checksums))
             if kept is not None:
-                kept_bytes += len(found) * size
+                kept_bytes += valid
                 if kept_bytes > KEEP_BYTES:
                     kept = None
                 else:
@@ -215,17 +223,19 @@ class WALFile:
             if last:
                 committed = frames + last
             frames += len(found)
-            offset += len(found) * size
+            offset += valid
             checksum = (int(found.checksums[-1][0]), int(found.checksums[-1][1]))
-            if len(found) * size < len(data) or len(data) < want:
+            if valid < len(data) or len(data) < want:
                 break
             if limit is not None and committed * size >= limit:
                 more = True
                 break
             # Little by little: behind the end of a WAL that was restarted lie the frames of the old one, and they would be read for nothing.
             want = max(min(READ_GROWTH * want, NEXT_READ) // size, 1) * size
-        following = self.frame_header(offset) if not more and (stop_at is None or offset < stop_at) else None
+        # As it was read, and not as it is by now: a frame that a writer has added meanwhile is none.
+        following = decode_frame_header(data, valid) if not more and len(data) - valid >= FRAME_HEADER_SIZE else None
         self.wrong_frame = following is not None and (following.salt1, following.salt2) == position.salts and following.pgno != 0
+        self._found_bytes = max(committed * size, self._found_bytes // 2)
         if not committed:
             return None
         pgnos, commits, checksums = parts[0] if len(parts) == 1 else (np.concatenate([part[i] for part in parts]) for i in range(3))

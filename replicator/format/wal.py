@@ -44,7 +44,7 @@ WAL_HEADER_SIZE = 32
 FRAME_HEADER_SIZE = 24
 MAGIC = 0x377F0682
 VERSION = 3007000
-FEW_FRAMES = 8
+FEW_FRAMES, FEW_PAGES = 32, 256
 """So many are looked at one by one: arrays cost more than what is in them."""
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
@@ -199,7 +199,7 @@ def newest_frames(pgnos: NDArray[np.uint32], limit: int) -> tuple[NDArray[np.uin
     """Return the distinct page numbers up to `limit` in ascending order, and the index of the last frame of each."""
     import numpy as np
 
-    if len(pgnos) <= FEW_FRAMES:
+    if len(pgnos) <= FEW_PAGES:
         newest = {pgno: at for at, pgno in enumerate(pgnos.tolist()) if pgno <= limit}
         ordered = sorted(newest)
         return np.array(ordered, dtype=np.uint32), np.array([newest[pgno] for pgno in ordered], dtype=np.intp)

@@ -239,15 +239,15 @@ def test_the_newest_frame_of_a_page_wins_and_pages_beyond_the_limit_are_dropped(
     assert index.tolist() == [4, 5, 2, 6]
 
 
-@pytest.mark.parametrize("damage", [None, 8, 16, 4, 100, 520 * 3 + 40, 520 * 7 + 16])
+@pytest.mark.parametrize("damage", [None, 8, 16, 4, 100, 536 * 3 + 40, 536 * 7 + 16, 536 * 32 + 16, 536 * 34 + 8])
 def test_a_few_frames_are_read_as_many_are(tmp_path: Path, damage: int | None) -> None:
     data = bytearray(sqlite_wal(tmp_path / "db"))
     header = decode_wal_header(bytes(data))
     if damage is not None:
         data[32 + damage] ^= 1
     size, salts, checksum = frame_size(header.page_size), (header.salt1, header.salt2), (header.checksum1, header.checksum2)
-    assert len(data) > 32 + 12 * size
-    for count in range(12):
+    assert len(data) > 32 + 38 * size
+    for count in (*range(12), *range(30, 38)):
         part = bytes(data[32 : 32 + count * size])
         few = scan(bytes(data[: 32 + count * size]), header)
         many = _scan_many(part, count, page_size=header.page_size, salts=salts, checksum=checksum, big_endian=header.big_endian)
@@ -256,14 +256,14 @@ def test_a_few_frames_are_read_as_many_are(tmp_path: Path, damage: int | None) -
         assert few.checksums.tolist() == many.checksums.tolist()
         assert {few.pgnos.dtype.name, few.commits.dtype.name, few.checksums.dtype.name} == {"uint32"}
     if damage is None:
-        assert len(scan(bytes(data), header)) > 12
+        assert len(scan(bytes(data), header)) > 38
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 8, 9, 40])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 9, 40, 256])
 def test_the_newest_of_a_few_frames_are_found_as_those_of_many(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pgnos = np.array([number * 7 % 11 + 1 for number in range(count)], dtype=np.uint32)
     distinct, index = newest_frames(pgnos, 9)
-    monkeypatch.setattr("replicator.format.wal.FEW_FRAMES", -1)
+    monkeypatch.setattr("replicator.format.wal.FEW_PAGES", -1)
     expected = newest_frames(pgnos, 9)
     assert distinct.tolist() == expected[0].tolist()
     assert index.tolist() == expected[1].tolist()
