@@ -65,13 +65,13 @@ class AtomicFile:
         mtime_ns: int | None = None,
         waiting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self.path = Path(path)
+        self._folder, self._final = os.path.split(path)  # a `Path` of each costs more than writing a small file
         self._mode, self._overwrite, self._mtime_ns, self._waiting = mode, overwrite, mtime_ns, waiting
         self._directory = self._file = -1
         self._name = ""
 
     def __enter__(self) -> Self:
-        self._directory = _open_directory(self.path.parent)
+        self._directory = _open_directory(self._folder or os.curdir)
         try:
             self._file, self._name = _create_temporary(self._directory, self._mode)
         except BaseException:
@@ -82,7 +82,7 @@ class AtomicFile:
     @property
     def temporary_path(self) -> Path:
         """Where the file is until it gets its name, for a check that must open it by path."""
-        return self.path.parent / self._name
+        return Path(self._folder, self._name)
 
     def fileno(self) -> int:
         """Return the descriptor, for positioned writes. It belongs to this object."""
@@ -121,7 +121,7 @@ class AtomicFile:
                 if self._mtime_ns is not None:
                     os.utime(self._file, ns=(self._mtime_ns, self._mtime_ns))
                 sync_file(self._file)
-                _give_name(self._name, self.path.name, self._directory, overwrite=self._overwrite)
+                _give_name(self._name, self._final, self._directory, overwrite=self._overwrite)
             except BaseException:
                 _unlink_missing_ok(self._name, self._directory)
                 raise
@@ -206,7 +206,7 @@ def sweep(directory: str | Path) -> int:
         OSError: the directory cannot be read.
     """
     swept = 0
-    opened = _open_directory(Path(directory))
+    opened = _open_directory(directory)
     try:
         for name in filter(is_temporary, os.listdir(opened)):
             try:
@@ -259,7 +259,7 @@ def begin_flush(file: int, at: int, size: int) -> None:
 
 def sync_directory(path: str | Path) -> None:
     """Bring the names in a directory to stable storage."""
-    directory = _open_directory(Path(path))
+    directory = _open_directory(path)
     try:
         sync_file(directory)
     finally:
@@ -273,7 +273,7 @@ def write_all(file: int, data: bytes | bytearray | memoryview) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _open_directory(path: Path) -> int:
+def _open_directory(path: str | Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 

@@ -181,15 +181,14 @@ class Board:
         with self.changed:
             least = min(replica.txid for replica in self.replicas)
             most = max((replica.txid for replica in self.replicas if replica.online), default=TXID(0))
+            while self._outbox and self._outbox[0].txid <= least:
+                dropped.append(self._outbox.popleft())
             memory = sum(entry.memory_bytes for entry in self._outbox)
             staged = sum(entry.staged_bytes for entry in self._outbox)
-            while self._outbox:
-                entry = self._outbox[0]
-                crowded = memory > OUTBOX_BYTES or staged > self._staging_limit // 2
-                if entry.txid > least and not (entry.txid <= most and crowded):
-                    break
+            while self._outbox and self._outbox[0].txid <= most and (memory > OUTBOX_BYTES or staged > self._staging_limit // 2):
+                entry = self._outbox.popleft()
                 memory, staged = memory - entry.memory_bytes, staged - entry.staged_bytes
-                dropped.append(self._outbox.popleft())
+                dropped.append(entry)
             for txid in [txid for txid in self._since if txid <= least]:
                 del self._since[txid]
             self.engine.notify_all()

@@ -42,10 +42,10 @@ class Uploader:
         board, replica, failures = self._board, self._replica, 0
         while True:
             with board.changed:
-                board.uploads.wait_for(lambda: board.ends or self._work() is not None)
+                while not board.ends and (work := self._work()) is None:
+                    board.uploads.wait()
                 if board.ends:
                     return
-                work = self._work()
             assert work is not None
             try:
                 work()

@@ -22,6 +22,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,8 @@ class FileClient:
     def __init__(self, root: str | Path, *, layout: Layout = LITESTREAM) -> None:
         self.root = Path(os.path.abspath(root))
         self.layout = layout
-        self._prepared: set[int] = set()
+        self._prepared: dict[int, str] = {}
+        """The levels whose folders are made, and where those are."""
         self._made: set[Path] = set()
         self._swept = False
         self._prepare_lock = threading.Lock()
@@ -133,22 +135,23 @@ class FileClient:
         if_absent: bool = False,
         metadata: dict[str, str] | None = None,
     ) -> FileInfo:
-        info = FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=0, created_at=created_at(timestamp_ms))
-        path = self.path(info)
+        info = FileInfo(level, min_txid, max_txid, memoryview(body).nbytes if not isinstance(body, Path) else 0, created_at(timestamp_ms))
         if isinstance(body, Path):
-            os.stat(body)  # a body that is missing is the caller's error, not the replica's
+            info = replace(info, size=os.stat(body).st_size)  # a body that is missing is the caller's error, not the replica's
+        folder = self._prepared.get(level) or os.fspath(self.level_path(level))
+        path = os.path.join(folder, self.layout.name(info))
         with _translated(path):
             self._prepare(level)
             try:
                 size = _store(body, path, overwrite=not if_absent, mtime_ns=timestamp_ms * 1_000_000)
             except FileNotFoundError:
-                if path.parent.is_dir():
+                if os.path.isdir(folder):
                     raise
                 # Somebody removed the folder after this client had made it.
-                self._prepared.discard(level)
+                self._prepared.pop(level, None)
                 self._prepare(level)
                 size = _store(body, path, overwrite=not if_absent, mtime_ns=timestamp_ms * 1_000_000)
-        return FileInfo(level=level, min_txid=min_txid, max_txid=max_txid, size=size, created_at=info.created_at)
+        return info if size == info.size else replace(info, size=size)
 
     def metadata(self, info: FileInfo) -> dict[str, str]:
         return {}
@@ -273,7 +276,7 @@ class FileClient:
             # A folder that was there may have been made just before a crash or by a writer that has not come to its fsync.
             sync_directory(folder.parent)
             sync_directory(self.root)
-            self._prepared.add(level)
+            self._prepared[level] = os.fspath(folder)
 
     def _control_path(self, name: str) -> Path:
         check_control_name(name)
@@ -365,7 +368,7 @@ class _FileStream:
         self.close()
 
 
-def _store(body: Body, path: Path, *, overwrite: bool, mtime_ns: int) -> int:
+def _store(body: Body, path: str | Path, *, overwrite: bool, mtime_ns: int) -> int:
     """Write one file under its final name; return its size in bytes."""
     if isinstance(body, Path):
         try:
@@ -424,7 +427,7 @@ def _info(level: int, txids: tuple[TXID, TXID], status: os.stat_result) -> FileI
 
 
 @contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(path: str | Path) -> Iterator[None]:
     """Turn the system's errors into ours, with the path in them."""
     try:
         yield
@@ -432,7 +435,7 @@ def _translated(path: Path) -> Iterator[None]:
         raise _error(exc, path) from exc
 
 
-def _error(exc: OSError, path: Path) -> StorageError:
+def _error(exc: OSError, path: str | Path) -> StorageError:
     why = exc.strerror or str(exc)
     match exc.errno:
         case errno.EEXIST:
