@@ -22,7 +22,7 @@ IDLE_POLL_S = 60.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)
 STAGE_AFTER_S = 1.0
 MAX_STEPS = 10_000
-BUSY_LOOKS = 8
+BUSY_LOOKS = BUSY_EVENTS = 8
 LATE_EVENT_S = 1.0
 RESTART_LOOKS, RESTART_PAUSE_S = 10, 0.002
 FREE_LOOKS, FIRST_PAUSE_S, LAST_PAUSE_S = 3, 0.001, 0.05
@@ -40,6 +40,7 @@ class EngineThread:
         self._watch = Watch(path, self._wake)
         self._woken = False
         self._woken_at = 0.0
+        self._events = 0  # how many came after the one that woke
         self._clear_at = time.monotonic()  # everything committed before is read
         self._unsettled: Entry | None = None
         self._full_looks = self._empty_looks = 0  # how many of the last ones, in a row, found something, and nothing
@@ -67,6 +68,9 @@ class EngineThread:
                     due = self._next_due(now, last_sync, last_news)
                     if due <= now:
                         break
+                    if self._is_told_enough and self._watch.armed:
+                        self._clear_at = max(self._clear_at, self._woken_at)
+                        self._watch.disarm()
                     board.engine.wait(due - now)
                 if board.ends:
                     return
@@ -74,7 +78,7 @@ class EngineThread:
                 woken, self._woken = self._woken, False
                 if woken and self._watch.armed:  # nothing happened before the first event
                     self._clear_at = max(self._clear_at, self._woken_at)
-            if self._watch.armed and woken:
+            if woken:
                 if self._at_once and self._full_looks >= BUSY_LOOKS:
                     self._watch.disarm()
                 last_news = self.news_at = time.monotonic()
@@ -120,8 +124,17 @@ class EngineThread:
     def _wake(self) -> None:
         with self._board.changed:
             if not self._woken:
-                self._woken, self._woken_at = True, self._written_at()
+                self._woken, self._woken_at, self._events = True, self._written_at(), 0
                 self._board.engine.notify_all()
+                return
+            self._events += 1
+            if self._events == BUSY_EVENTS and self._is_told_enough:
+                self._board.engine.notify_all()
+
+    @property
+    def _is_told_enough(self) -> bool:
+        """At a slow pace one event makes it look. Those that a busy writer causes until then wake a thread for nothing."""
+        return self._woken and self._events >= BUSY_EVENTS and self._interval > ARM_S
 
     def _written_at(self) -> float:
         """Return when the commit was made that an event tells of: the event may come late, and the WAL has a time of its own."""

@@ -292,6 +292,23 @@ def test_events_of_a_busy_writer_wake_nobody_at_a_slow_pace_either(tmp_path: Pat
     application.close()
 
 
+def test_a_busy_writer_is_not_listened_to_until_the_next_look_at_a_slow_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    application = connect(tmp_path / "a.db")
+    with Replicator(tmp_path / "a.db", MemoryClient(), history=None, sync_interval_s=0.3) as engine:
+        until(lambda: engine._loop._watch.armed)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._loop, "_next_due", lambda now, last_sync, last_news: now + TIMEOUT_S)
+            looks, end = engine.status().counts.syncs, time.monotonic() + TIMEOUT_S / 2
+            while engine._loop._watch.armed and time.monotonic() < end:
+                insert(application, 1)
+                time.sleep(0.01)
+            assert not engine._loop._watch.armed
+            assert engine.status().counts.syncs == looks
+        engine.wait(timeout_s=TIMEOUT_S)  # it looks when it is asked
+        until(lambda: engine._loop._watch.armed)
+    application.close()
+
+
 def until_quiet(engine: Replicator) -> int:
     """Wait until no look follows for a moment; returns how many there were."""
     seen = [-1]
