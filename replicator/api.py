@@ -63,7 +63,7 @@ __all__ = ["Disturbed", "ReplicaStatus", "Replicator", "Rest", "Status"]
 
 log = logging.getLogger(__name__)
 
-LOCAL_INTERVAL_S = 0.08
+LOCAL_INTERVAL_S = 0.1
 REMOTE_INTERVAL_S = 1.0
 IMAGE_TIMEOUT_S = 60.0
 LEASE_POLL_S = 1.0
@@ -193,7 +193,7 @@ class Replicator:
             path: of the database. It is switched to WAL mode. Symbolic links are followed.
             replicas: URLs, or clients.
             meta_path: folder for local state; `.<name>-litestream` beside the database when not given.
-            sync_interval_s: least time between two uploads that nobody waits for; 0.08 for directories, 1 for S3 when not given.
+            sync_interval_s: least time between two uploads that nobody waits for; 0.1 for directories, 1 for S3 when not given.
             checkpoint_interval_s: age of WAL frames that makes a checkpoint due; 0 for never.
             min_checkpoint_pages: size of the WAL in pages that makes one due.
             busy_timeout_s: how long to wait for SQLite's locks when opening.
