@@ -4,7 +4,8 @@ Whoever is interested subscribes to names in a folder, or to everything in it. A
 Subscribers are called by the watcher's thread, and must be quick.
 
 A busy writer causes one or two events for each commit, far more than are of use. So a `Watch` on one database is disarmed by its owner while that
-finds something again and again: it polls at its own pace then, and arms the watch again when the database has become quiet. Where the folder stays watched for the
+finds something again and again, or is told again and again before its next look: it polls at its own pace then, and arms the watch again when the database has
+become quiet. Where the folder stays watched for the
 sake of others, the thread reads at most once in `PAUSE_S`, and in `BUSY_PAUSE_S` while there are events of several folders; meanwhile the system makes one
 event of equal ones. A commit is several writes: before each reading there is time for all of them, so that it is told once.
 
