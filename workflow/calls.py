@@ -26,7 +26,7 @@ from workflow.errors import (
 from workflow.journal import Event, Write
 from workflow.lanes import settle
 from workflow.objects import INLINE_BYTES
-from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, Wait, error_text, failure_text
+from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, error_text, failure_text, go_on
 from workflow.state import Record, after_failure, child_id, remaining_wait_s
 from workflow.values import decode, encode, is_same, iso, loads
 
@@ -266,7 +266,7 @@ class Calls(Recording):
 
     async def _try(self, entry: Entry, step: Step[..., Any], info: Attempt) -> Failure | None:
         call, record = entry.call, entry.record
-        began = self._services.clock.now()
+        began = self._now()
         self._running += 1
         try:
             args, kwargs = (call.given, {}) if call.given is not None else step.signature.decode(call.input, self.reader)
@@ -283,13 +283,13 @@ class Calls(Recording):
             entry.value = value if is_same(call.result, value) else decode(call.result, text, f"result of {step.name}", self.reader)
             entry.has_value = True
         except _Timeout:
-            return "timeout", TimeoutError(f"no answer in {step.timeout_s} s"), iso(began), info.usage
+            return "timeout", TimeoutError(f"no answer in {step.timeout_s} s"), began, info.usage
         except NotJSON as error:
             fatal = Fatal(str(error))
             fatal.__cause__ = error
-            return "error", _named("NotJSON", fatal), iso(began), info.usage
+            return "error", _named("NotJSON", fatal), began, info.usage
         except Exception as error:
-            return "error", error, iso(began), info.usage
+            return "error", error, began, info.usage
         finally:
             self._running -= 1
         self._check_broken()
@@ -298,7 +298,7 @@ class Calls(Recording):
         )
         return None
 
-    def _extras(self, record: Record, number: int, info: Attempt, began: datetime) -> list[Write]:
+    def _extras(self, record: Record, number: int, info: Attempt, began: str) -> list[Write]:
         """Return what is committed with a successful attempt, which has or gets a number: the state that it wrote, and what it used."""
         if record.kind == "step" and not info.state and not info.usage:
             return []
@@ -312,7 +312,7 @@ class Calls(Recording):
                     record.seq,
                     record.attempts,
                     machine=self._services.machine,
-                    started_at=iso(began),
+                    started_at=began,
                     finished_at=self._now(),
                     outcome="done",
                     usage=usage,
@@ -321,7 +321,7 @@ class Calls(Recording):
         return writes
 
     async def _in_task(self, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token, task = here.set(info), asyncio.current_task()
+        token, task = here.set(info), asyncio.current_task(self._loop)
         flow_task = task if isinstance(task, FlowTask) else None
         if flow_task is not None:
             flow_task.in_body += 1
@@ -345,14 +345,14 @@ class Calls(Recording):
     async def _in_thread(self, entry: Entry, step: Step[..., Any], info: Attempt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context = contextvars.copy_context()
         context.run(here.set, info)
-        future = Wait[Any](loop=self._loop)
+        future: asyncio.Future[Any] = self._loop.create_future()
         is_over = False
 
         def end(value: Any, error: BaseException | None) -> None:
             if is_over or future.cancelled():
                 self._on_late(record.seq, attempt, error)
             if error is None and not future.done():
-                future.go_on(value)
+                go_on(future, value)
             else:
                 settle(future, value, error)
 
@@ -380,7 +380,7 @@ class Calls(Recording):
             self._late.append(jr.put_late(seq, attempt, text))
 
     async def _in_transaction(
-        self, entry: Entry, step: Step[..., Any], info: Attempt, began: datetime, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, entry: Entry, step: Step[..., Any], info: Attempt, began: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run a body with the instance's own connection; what it writes and the record are one transaction."""
         context = contextvars.copy_context()

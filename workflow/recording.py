@@ -35,7 +35,7 @@ from workflow.lanes import Lane, Pool, Then, settle
 from workflow.objects import INLINE_BYTES, ROW_BYTES, Objects, Reader
 from workflow.state import Record, StepStatus, idempotency_key
 from workflow.tracing import Stay, Tracing
-from workflow.values import Artifact, ObjectReader, digest, encode, iso
+from workflow.values import Artifact, ObjectReader, digest, encode
 
 __all__ = [
     "BY_CANCEL",
@@ -47,9 +47,9 @@ __all__ = [
     "Recording",
     "Services",
     "Slot",
-    "Wait",
     "error_text",
     "failure_text",
+    "go_on",
 ]
 
 log = logging.getLogger(__name__)
@@ -119,25 +119,19 @@ _CLOCKS = {("asyncio.timeouts", "_on_timeout"), ("asyncio.tasks", "_cancel_and_w
 """Where `asyncio.timeout` and (in 3.11) `wait_for` cancel; `TaskGroup` and `gather` cancel from elsewhere."""
 
 
-class Wait(asyncio.Future[T]):
-    """What a task of a flow waits for. `go_on` lets it run at once, rather than in the next turn of the event loop: at every step that is half of the turns."""
+def go_on(future: asyncio.Future[T], value: T) -> None:
+    """Answer what a task of a flow waits for, and let it run at once, rather than in the next turn of the event loop: at every step that is half of the turns.
 
-    _then: tuple[Callable[[Any], object], contextvars.Context] | None = None
-
-    def add_done_callback(self, callback: Callable[[Any], object], /, *, context: contextvars.Context | None = None) -> None:
-        self._then = (callback, context) if context is not None else None  # a task gives its own
-        super().add_done_callback(callback, context=context)
-
-    def go_on(self, value: T) -> None:
-        """Answer. Call where no task runs: in a callback of the event loop."""
-        if self._then is None:
-            self.set_result(value)
-            return
-        callback, context = self._then
-        self._then = None
-        self.remove_done_callback(callback)
-        self.set_result(value)
-        context.run(callback, self)
+    Call where no task runs: in a callback of the event loop.
+    """
+    waiting: Sequence[tuple[Callable[[Any], object], contextvars.Context]] = future._callbacks or ()  # (None where nobody waits)
+    if len(waiting) != 1 or not isinstance(getattr(waiting[0][0], "__self__", None), asyncio.Task):
+        future.set_result(value)
+        return
+    wake, context = waiting[0]
+    future.remove_done_callback(wake)
+    future.set_result(value)
+    context.run(wake, future)
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +140,7 @@ class Entry:
 
     call: Call
     record: Record
-    future: Wait[str] | None = None
+    future: asyncio.Future[str] | None = None
     is_delivered: bool = False
     is_cancelled: bool = False
     """`Cancelled` is raised when it is delivered."""
@@ -188,6 +182,7 @@ class Recording:
         self._journal = journal
         self._lane = lane
         self._services = services
+        self._now = services.clock.stamp
         self._large = large
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -319,7 +314,7 @@ class Recording:
 
     async def _block(self, entry: Entry) -> str:
         self._check()
-        entry.future = Wait(loop=self._loop)
+        entry.future = self._loop.create_future()
         try:
             return await entry.future
         finally:
@@ -335,7 +330,7 @@ class Recording:
         self.is_idle = False
         entry.is_delivered = True
         if entry.future is not None and not entry.future.done():
-            entry.future.go_on("turn")
+            go_on(entry.future, "turn")
 
     def _schedule(self) -> None:
         if not self._is_pumping:
@@ -353,9 +348,6 @@ class Recording:
         return list(self._view)
 
     # -- recording ---------------------------------------------------------------------------------------------------------------
-
-    def _now(self) -> str:
-        return iso(self._services.clock.now())
 
     def _traceparent(self) -> str | None:
         return self._stay.traceparent if self._stay is not None else self.instance.traceparent

@@ -30,6 +30,7 @@ from workflow.context import Flow, flows
 from workflow.engine import Engine
 from workflow.errors import RunFailed, WorkflowError
 from workflow.state import ENDED
+from workflow.values import iso
 
 __all__ = [
     "CrashMachine",
@@ -55,6 +56,10 @@ class VirtualClock(Clock):
 
     def now(self) -> datetime:
         return self._start + timedelta(seconds=self._passed_s)
+
+    def stamp(self) -> str:
+        """Return the clock as it is recorded."""
+        return iso(self.now())
 
     def monotonic(self) -> float:
         return self._passed_s

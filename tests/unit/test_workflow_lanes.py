@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from workflow.lanes import Lanes, Pool
-from workflow.recording import Wait
+from workflow.recording import go_on
 
 PATIENCE_S = 10.0
 
@@ -118,7 +118,7 @@ def test_a_body_that_ends_after_the_lanes_writes_into_nobodys_file() -> None:
 
 @lanes_test
 async def test_a_task_goes_on_at_once_and_not_in_the_next_turn(lanes: Lanes) -> None:
-    wait, seen = Wait[str](), list[str]()
+    wait, seen = asyncio.get_running_loop().create_future(), list[str]()
 
     async def waits() -> None:
         seen.append(await wait)
@@ -127,37 +127,22 @@ async def test_a_task_goes_on_at_once_and_not_in_the_next_turn(lanes: Lanes) -> 
     await asyncio.sleep(0)
     left = asyncio.get_running_loop().create_future()
 
-    def go_on() -> None:
-        wait.go_on("turn")
+    def answer() -> None:
+        go_on(wait, "turn")
         left.set_result(list(seen))
 
-    asyncio.get_running_loop().call_soon(go_on)
+    asyncio.get_running_loop().call_soon(answer)
     assert await left == ["turn"]
     await task
 
 
 @lanes_test
 async def test_who_does_not_wait_as_a_task_is_answered_in_the_next_turn(lanes: Lanes) -> None:
-    wait = Wait[str]()
-    asyncio.get_running_loop().call_soon(wait.go_on, "turn")
+    wait = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(go_on, wait, "turn")
     done, _ = await asyncio.wait({wait})
     assert done == {wait}
     assert await wait == "turn"
-    late = Wait[str]()
-    late.go_on("before anybody waits")
+    late = asyncio.get_running_loop().create_future()
+    go_on(late, "before anybody waits")
     assert await late == "before anybody waits"
-
-
-@lanes_test
-async def test_a_cancelled_wait_ends_its_task(lanes: Lanes) -> None:
-    wait = Wait[str]()
-
-    async def waits() -> None:
-        await wait
-
-    task = asyncio.ensure_future(waits())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert wait.cancelled()

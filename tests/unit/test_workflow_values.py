@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
+import sqlite3
+import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from random import Random
@@ -16,9 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow import Fatal, Retry
+from workflow import journal as jr
+from workflow.clock import Clock
 from workflow.errors import NotJSON
+from workflow.schema import INSTANCE
 from workflow.state import Record, after_failure, check_id, child_id, remaining_wait_s, replay, step_key, ulid
-from workflow.values import Artifact, Signature, decode, encode, is_same, iso
+from workflow.values import Artifact, Signature, decode, digest, encode, is_same, iso
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -202,6 +208,37 @@ def test_what_a_record_means_on_replay() -> None:
     assert [replay(record(status), "x") for status in ("started", "retrying", "waiting")] == ["run"] * 3
     assert replay(record("started", repeat=False), "x") == "unknown"
     assert replay(record("done", repeat=False), "x") == "deliver"
+
+
+@given(st.lists(st.integers(0, 4_102_444_800_000_000_000), min_size=1, max_size=5))
+def test_the_clock_stamps_what_it_shows(times_ns: list[int]) -> None:
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        for now_ns in times_ns:
+            patch.setattr(time, "time_ns", lambda now_ns=now_ns: now_ns)
+            assert clock.stamp() == iso(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=now_ns // 1000))
+
+
+@given(st.text(max_size=2) | st.integers(200, 300).map(lambda size: "\u00f6" * size))
+def test_a_digest_is_that_of_sha_256(text: str) -> None:
+    assert digest(text) == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "unusual", [{}, {"durability": "replicated"}, {"repeat": False}, {"error": "{}"}, {"wake_at": "2030"}, {"output_sha256": "ab"}], ids=str
+)
+def test_a_step_is_written_whole_whatever_stood_in_its_row(unusual: dict[str, Any]) -> None:
+    usual = Record("2/a#1", 3, "a", "step", "done", "{}", "ff", "7", number=4, after=2, attempts=2, started_at="2026", finished_at="2027")
+    with sqlite3.connect(":memory:") as db:
+        db.executescript(INSTANCE)
+        for record in (usual, replace(usual, status="retrying", number=None, **unusual), usual, replace(usual, **unusual), usual):
+            db.execute(*jr.put_step(record))
+            columns = (
+                "seq key name kind status number after durability repeat input input_sha256 output output_sha256 error attempts wake_at"
+            )
+            row = db.execute(f"SELECT {columns.replace(' ', ', ')}, started_at, finished_at FROM wf_steps").fetchone()
+            assert row == tuple(getattr(record, name) for name in [*columns.split(), "started_at", "finished_at"])
+    db.close()
 
 
 def test_a_wait_is_never_longer_than_it_was() -> None:
