@@ -8,13 +8,14 @@ all that ended meanwhile.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import os
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -174,13 +175,39 @@ class Lanes:
             os.close(self._wakes)
 
 
+_queues: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Work | None]] = weakref.WeakKeyDictionary()
+"""Of all threads of pools."""
+
+
+def _end_threads() -> None:
+    """Let what runs in a pool end before the process does: a body is not cut in its middle."""
+    threads = list(_queues.items())
+    for _, waiting in threads:
+        waiting.put(None)
+    for thread, _ in threads:
+        thread.join()
+
+
+atexit.register(_end_threads)
+
+
 class Pool:
-    """Threads for what may take long, whose answers come with those of the lanes."""
+    """Threads for what may take long, whose answers come with those of the lanes.
+
+    An executor of `concurrent.futures` does the same with a future, two locks and a condition for each call, of which nobody here would make use.
+    """
 
     def __init__(self, answer: Answer, loop: asyncio.AbstractEventLoop, count: int, name: str) -> None:
+        """`count`: so many threads at most; each is made when it is first needed."""
         self._answer = answer
         self._loop = loop
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._name = name
+        self._count = count
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._idle: deque[None] = deque(maxlen=count)
+        """One for each thread that has nothing to do and was promised nothing; when all threads are there it no longer counts."""
+        self._threads = 0
+        self._is_closed = False
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run something in one of the threads. Call from the loop's thread."""
@@ -189,9 +216,29 @@ class Pool:
         return future
 
     def give(self, then: Then, work: Callable[..., object], /, *args: object) -> None:
-        """Run something in one of the threads, and call back as `Lane.give` does."""
-        self._threads.submit(_do, self._answer, then, work, args)
+        """Run something in one of the threads, and call back as `Lane.give` does. Raises `RuntimeError`: the pool takes nothing more."""
+        if self._is_closed:
+            raise RuntimeError(f"{self._name}: the pool is closed")
+        if self._idle:
+            self._idle.pop()  # of those that take from it, this thread is the only one
+        elif self._threads < self._count:
+            self._threads += 1
+            thread = threading.Thread(target=self._run, name=f"{self._name} {self._threads}", daemon=True)
+            _queues[thread] = self._queue
+            thread.start()
+        self._queue.put((then, work, args))
 
     def close(self) -> None:
         """Take nothing more; what runs ends, unheard."""
-        self._threads.shutdown(wait=False)
+        self._is_closed = True
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            _do(self._free, *work)
+            del work  # nothing of a run that has left stays here until the next
+
+    def _free(self, then: Then, value: Any, error: BaseException | None) -> None:
+        self._idle.append(None)  # before the answer, which may bring the next
+        self._answer(then, value, error)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from workflow.lanes import Lanes, Pool
+from workflow.lanes import Lanes, Pool, _end_threads
 from workflow.recording import go_on
 
 PATIENCE_S = 10.0
@@ -114,6 +114,56 @@ def test_a_body_that_ends_after_the_lanes_writes_into_nobodys_file() -> None:
         return found
 
     assert asyncio.run(run()) == []
+
+
+@lanes_test
+async def test_a_pool_makes_a_thread_when_all_it_has_are_at_work_and_no_more_than_it_may(lanes: Lanes) -> None:
+    pool = Pool(lanes.answer, asyncio.get_running_loop(), 2, "body")
+    for _ in range(5):
+        assert await pool.submit(threading.current_thread) is await pool.submit(threading.current_thread)
+    gates = [threading.Event() for _ in range(4)]
+    begun = [asyncio.Event() for _ in gates]
+    loop = asyncio.get_running_loop()
+
+    def body(number: int) -> threading.Thread:
+        loop.call_soon_threadsafe(begun[number].set)
+        gates[number].wait(PATIENCE_S)
+        return threading.current_thread()
+
+    answers = [pool.submit(body, number) for number in range(4)]
+    await begun[0].wait()
+    await begun[1].wait()
+    assert not begun[2].is_set()
+    gates[1].set()
+    await begun[2].wait()
+    assert not answers[0].done()
+    for gate in gates:
+        gate.set()
+    assert len(set(await asyncio.gather(*answers))) == 2
+    pool.close()
+    with pytest.raises(RuntimeError, match="body: the pool is closed"):
+        pool.submit(int)
+
+
+@lanes_test
+async def test_a_process_that_ends_lets_bodies_end(lanes: Lanes) -> None:
+    pool, gate, ended = Pool(lanes.answer, asyncio.get_running_loop(), 2, "body"), threading.Event(), list[str]()
+
+    def body() -> None:
+        gate.wait(PATIENCE_S)
+        ended.append("body")
+
+    def end() -> None:
+        _end_threads()
+        ended.append("process")
+
+    bodies = [pool.submit(body), pool.submit(body)]
+    ending = threading.Thread(target=end)
+    ending.start()
+    gate.set()
+    await asyncio.to_thread(ending.join, PATIENCE_S)
+    assert ended == ["body", "body", "process"]
+    await asyncio.gather(*bodies)
 
 
 @lanes_test
