@@ -26,7 +26,7 @@ from workflow.errors import (
 from workflow.journal import Event, Write
 from workflow.lanes import settle
 from workflow.objects import INLINE_BYTES
-from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, error_text, failure_text, go_on
+from workflow.recording import BY_CANCEL, Entry, FlowTask, Recording, Slot, error_text, failure_text, go_on, is_small
 from workflow.state import Record, after_failure, child_id, remaining_wait_s
 from workflow.values import decode, encode, is_same, iso, loads
 
@@ -279,7 +279,7 @@ class Calls(Recording):
                 value = await self._in_thread(entry, step, info, args, kwargs)
             self._check()
             text, artifacts = encode(value, f"result of {step.name}", self.id)
-            output, sha256, writes = await self._keep(text, artifacts, record.seq)
+            output, sha256, writes = (text, None, []) if is_small(text, artifacts) else await self._keep(text, artifacts, record.seq)
             entry.value = value if is_same(call.result, value) else decode(call.result, text, f"result of {step.name}", self.reader)
             entry.has_value = True
         except _Timeout:

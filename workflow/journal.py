@@ -118,19 +118,23 @@ _PUT_STEP = f"INSERT INTO wf_steps({', '.join(_STEP)}) VALUES({', '.join('?' * l
 _step_values: Callable[[Record], tuple[Any, ...]] = attrgetter(*_STEP)
 
 _USUAL = {"durability": "'local'", "repeat": "1", "output_sha256": "NULL", "error": "NULL", "wake_at": "NULL"}
-_GIVEN = tuple(name for name in _STEP if name not in _USUAL)
+_GIVEN = (
+    "seq", "key", "name", "kind", "status", "number", "after", "input", "input_sha256", "output", "attempts", "started_at", "finished_at",
+)  # fmt: skip
 _PUT_USUAL_STEP = (
     f"INSERT INTO wf_steps({', '.join((*_GIVEN, *_USUAL))}) VALUES({', '.join('?' * len(_GIVEN))}, {', '.join(_USUAL.values())})"
     + _PUT_STEP[_PUT_STEP.index(" ON CONFLICT") :]
 )
 """The same row: what most steps have alike stands in the statement. `sqlite3` asks the adapters for each NULL and each bool that it is given."""
-_usual_values: Callable[[Record], tuple[Any, ...]] = attrgetter(*_GIVEN)
 
 
 def put_step(record: Record) -> Write:
     """Write a step's row, or bring it up to date."""
     if record.durability == "local" and record.repeat and record.output_sha256 is record.error is record.wake_at is None:
-        return _PUT_USUAL_STEP, _usual_values(record)
+        return _PUT_USUAL_STEP, (
+            record.seq, record.key, record.name, record.kind, record.status, record.number, record.after,
+            record.input, record.input_sha256, record.output, record.attempts, record.started_at, record.finished_at,
+        )  # fmt: skip
     return _PUT_STEP, _step_values(record)
 
 

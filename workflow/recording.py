@@ -50,6 +50,7 @@ __all__ = [
     "error_text",
     "failure_text",
     "go_on",
+    "is_small",
 ]
 
 log = logging.getLogger(__name__)
@@ -312,13 +313,11 @@ class Recording:
         """Let the event loop run something for a flow that has a thread."""
         return self._outside.copy().run(asyncio.run_coroutine_threadsafe, coroutine, self._loop).result()
 
-    async def _block(self, entry: Entry) -> str:
+    def _block(self, entry: Entry) -> asyncio.Future[str]:
+        """Return what the call's task waits for now."""
         self._check()
         entry.future = self._loop.create_future()
-        try:
-            return await entry.future
-        finally:
-            entry.future = None
+        return entry.future
 
     def _wake(self, entry: Entry, why: str) -> None:
         self.is_idle = False
@@ -369,10 +368,11 @@ class Recording:
 
     def _write(self, writes: Sequence[Write], then: Then) -> None:
         """Give a transaction to the lane; `then` is called when it is on the disk, or has failed, and the pump after it."""
-        all_writes = [*self._unwritten, *writes, *self._late]
-        self._unwritten, self._late = [], []
+        if self._unwritten or self._late:
+            writes = [*self._unwritten, *writes, *self._late]
+            self._unwritten, self._late = [], []
         self._committing += 1
-        self._lane.give(partial(self._on_written, then), self._journal.commit, all_writes)
+        self._lane.give(partial(self._on_written, then), self._journal.commit, writes)
 
     def _on_written(self, then: Then, value: None, error: BaseException | None) -> None:
         self._committing -= 1
@@ -459,7 +459,7 @@ class Recording:
 
     async def _keep(self, text: str, artifacts: list[Artifact], seq: int) -> tuple[str | None, str | None, list[Write]]:
         """Store what does not belong into a row; returns (output, output_sha256, writes for the row's transaction)."""
-        if len(text) <= ROW_BYTES // 4 and not artifacts:
+        if is_small(text, artifacts):
             return text, None, []
         writes: list[Write] = []
         for artifact in artifacts:
@@ -479,6 +479,11 @@ class Recording:
             await self._services.bodies.submit(self._services.objects.put, self.id, sha256, data)
         row = jr.put_object(sha256, len(data), media_type, data if inline else None, self._now())
         return [row, jr.put_reference(seq, sha256)] if seq else [row]
+
+
+def is_small(text: str, artifacts: list[Artifact]) -> bool:
+    """Say whether there is nothing to store but the row."""
+    return len(text) <= ROW_BYTES // 4 and not artifacts
 
 
 BY_CANCEL = '{"by":"cancel"}'

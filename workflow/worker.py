@@ -417,6 +417,7 @@ class Execution(Calls):
             raise
         finally:
             del self._entries[call.key]
+            entry.future = None
             if self._entries or self._is_paused or self._is_stopping:  # others may now be all that there is
                 self._schedule()
         if entry.is_cancelled:
