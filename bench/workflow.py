@@ -6,7 +6,8 @@ Ten trivial async steps for each workflow, at `synchronous=FULL`. Cases:
 
     serial     one workflow after another
     fifty      50 at once
-    steps      CPU of one step more: a thousand of them in one run, async and plain ones, against as many bare commits in one file
+    steps      CPU of one step more: a thousand of them in one run, async and plain ones, against as many bare commits in one file, and against
+               the *hop*: an event loop that lets a thread do those commits, and nothing else
     recover    100 that were interrupted in the middle, until all are finished; imports included, from bytecode, which an installed package has
     parked     memory of a parked run
     intake     durable starts with 16 callers
@@ -24,12 +25,14 @@ import asyncio
 import gc
 import json
 import os
+import queue
 import shutil
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -237,43 +240,90 @@ async def _all_parked(engine: Any, waits: Callable[[], Awaitable[None]], count: 
 # -- the others ------------------------------------------------------------------------------------------------------------------
 
 
+BARE = "INSERT INTO wf_steps(key, name, kind, status, input_sha256, output, started_at) VALUES(?, 'trivial', 'step', 'done', '', ?, '')"
+
+
+def bare_file(path: Path, empty: bytes | None = None) -> sqlite3.Connection:
+    from workflow import journal
+
+    path.write_bytes(empty or journal.template())
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
 def floor(folder: Path, count: int) -> None:
     from workflow import journal
 
     empty = journal.template()
     began, cpu = time.perf_counter(), time.process_time()
     for number in range(count):
-        path = folder / f"{number}.db"
-        path.write_bytes(empty)
-        db = sqlite3.connect(path, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
+        db = bare_file(folder / f"{number}.db", empty)
         for step in range(STEPS + 2):
-            db.execute(
-                "INSERT INTO wf_steps(key, name, kind, status, input_sha256, output, started_at) VALUES(?, 'trivial', 'step', 'done', '', ?, '')",
-                (f"trivial#{step}", str(step)),
-            )
+            db.execute(BARE, (f"trivial#{step}", str(step)))
         db.close()
     took = time.perf_counter() - began
     emit(workflows_per_s=count / took, cpu_ms_per_step=(time.process_time() - cpu) / count / STEPS * 1e3)
 
 
 def floor_steps(folder: Path, count: int) -> None:
-    from workflow import journal
-
-    (folder / "one.db").write_bytes(journal.template())
-    db = sqlite3.connect(folder / "one.db", isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
+    db = bare_file(folder / "one.db")
     cpu = time.process_time()
     for step in range(count):
-        db.execute(
-            "INSERT INTO wf_steps(key, name, kind, status, input_sha256, output, started_at) VALUES(?, 'trivial', 'step', 'done', '', ?, '')",
-            (f"trivial#{step}", str(step)),
-        )
+        db.execute(BARE, (f"trivial#{step}", str(step)))
     figure = (time.process_time() - cpu) / count * 1e3
     db.close()
     emit(cpu_ms_per_async_step=figure, cpu_ms_per_plain_step=figure)
+
+
+async def hop_steps(folder: Path, count: int) -> None:
+    """The same commits in a thread, each given by an event loop that does nothing else; for a plain step another thread does nothing before."""
+    loop = asyncio.get_running_loop()
+    reads, writes = os.pipe2(os.O_NONBLOCK)
+    bodies: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+    commits: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+
+    def work(given: queue.SimpleQueue[tuple[Any, ...] | None]) -> None:
+        while (item := given.get()) is not None:
+            item[0](*item[1:])
+            os.write(writes, b"!")
+
+    async def hops(count: int, is_plain: bool) -> float:
+        db = bare_file(folder / f"{count}-{is_plain}.db")
+        steps = ([(bodies, (int,))] if is_plain else []) + [(commits, (db.execute, BARE))]
+        left = iter([(given, item, step) for step in range(count) for given, item in steps])
+        done = loop.create_future()
+
+        def go_on() -> None:
+            given, item, step = next(left, (None, (), 0))
+            if given is None:
+                done.set_result(None)
+            else:
+                given.put((*item, (f"trivial#{step}", str(step))) if given is commits else item)
+
+        def answer() -> None:
+            os.read(reads, 64)
+            go_on()
+
+        loop.add_reader(reads, answer)
+        cpu = time.process_time()
+        go_on()
+        await done
+        used = time.process_time() - cpu
+        db.close()
+        return used / count * 1e3
+
+    for given in (bodies, commits):
+        threading.Thread(target=work, args=(given,)).start()
+    figures = {}
+    for name, is_plain in (("async", False), ("plain", True)):
+        await hops(20, is_plain)
+        figures[f"cpu_ms_per_{name}_step"] = await hops(count, is_plain)
+    bodies.put(None)
+    commits.put(None)
+    loop.remove_reader(reads)
+    emit(**figures)
 
 
 def dbos(folder: Path, case: str, count: int) -> None:
@@ -349,11 +399,13 @@ COUNTS = {
     "serial": 50, "fifty": 50, "recover": 100, "parked": 2000, "intake": 8000, "queued": 2_000_000, "asleep": 50_000, "replica": 20, "seaweed": 20,
     "steps": 1000,
 }  # fmt: skip
-RIVALS = {"serial": ("ours", "dbos", "floor"), "fifty": ("ours", "dbos"), "recover": ("ours", "dbos"), "steps": ("ours", "floor")}
+RIVALS = {"serial": ("ours", "dbos", "floor"), "fifty": ("ours", "dbos"), "recover": ("ours", "dbos"), "steps": ("ours", "hop", "floor")}
 
 
 def child(who: str, case: str, count: int, folder: Path) -> None:
-    if who == "floor":
+    if who == "hop":
+        asyncio.run(hop_steps(folder, count))
+    elif who == "floor":
         (floor_steps if case == "steps" else floor)(folder, count)
     elif who == "dbos":
         dbos(folder, case, count)
