@@ -216,17 +216,25 @@ class Pool:
         return future
 
     def give(self, then: Then, work: Callable[..., object], /, *args: object) -> None:
-        """Run something in one of the threads, and call back as `Lane.give` does. Raises `RuntimeError`: the pool takes nothing more."""
+        """Run something in one of the threads, and call back as `Lane.give` does. Raises `RuntimeError`: the pool takes nothing more, or has no thread."""
         if self._is_closed:
             raise RuntimeError(f"{self._name}: the pool is closed")
         if self._idle:
             self._idle.pop()  # of those that take from it, this thread is the only one
         elif self._threads < self._count:
-            self._threads += 1
-            thread = threading.Thread(target=self._run, name=f"{self._name} {self._threads}", daemon=True)
-            _queues[thread] = self._queue
-            thread.start()
+            self._start_thread()
         self._queue.put((then, work, args))
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"{self._name} {self._threads + 1}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives none
+            if not self._threads:
+                raise
+            return  # those that are there come to it
+        self._threads += 1
+        _queues[thread] = self._queue
 
     def close(self) -> None:
         """Take nothing more; what runs ends, unheard."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from replicator.testing import FailNth, Kind
 from workflow.lanes import Lanes, Pool, _end_threads
 from workflow.recording import go_on
 
@@ -196,3 +197,20 @@ async def test_who_does_not_wait_as_a_task_is_answered_in_the_next_turn(lanes: L
     late = asyncio.get_running_loop().create_future()
     go_on(late, "before anybody waits")
     assert await late == "before anybody waits"
+
+
+@lanes_test
+async def test_where_no_thread_can_be_had_those_that_are_there_do_the_work_and_without_any_it_is_an_error(lanes: Lanes) -> None:
+    loop, gate = asyncio.get_running_loop(), threading.Event()
+    some, none = Pool(lanes.answer, loop, 2, "body"), Pool(lanes.answer, loop, 2, "body")
+    first = some.submit(gate.wait, PATIENCE_S)
+    with FailNth(0, kinds={Kind.THREADS}, packages=("workflow",), ever=True) as failure:
+        second = some.submit(str, "second")
+        with pytest.raises(RuntimeError):
+            none.submit(str, "none")
+    assert len(failure.failed) == 2
+    gate.set()
+    assert (await first, await second) == (True, "second")
+    assert await none.submit(str, "again") == "again"
+    some.close()
+    none.close()
