@@ -6,8 +6,10 @@ import base64
 import contextlib
 import hashlib
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -267,6 +269,44 @@ def test_a_failed_upload_in_parts_is_aborted(serving) -> None:
     with pytest.raises(AccessDenied):
         put(client)
     assert [(request.method, request.path) for request in server.requests][-1] == ("DELETE", f"{KEY}?uploadId=u1")
+
+
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize("from_file", [False, True])
+def test_parts_are_the_body_in_order_and_signed(from_file: bool, serving, tmp_path: Path) -> None:
+    """Buffers are used again: more parts than travel at once, and a last one that is shorter."""
+
+    def answer(request: Request) -> Reply:
+        if request.method == "POST" and request.path.endswith("?uploads"):
+            return Reply(body=b"<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>")
+        return Reply(headers={"ETag": '"p"'}, body=b"<CompleteMultipartUploadResult/>" if request.method == "POST" else b"")
+
+    client, server = serving(answer, concurrency=2)
+    client._single_put_bytes = 10
+    body = random.Random(1).randbytes((16 << 20) + 3)
+    (tmp_path / "body").write_bytes(body)
+    assert put(client, tmp_path / "body" if from_file else body).size == len(body)
+    parts = {
+        int(request.path.partition("partNumber=")[2].partition("&")[0]): request for request in server.requests if request.method == "PUT"
+    }
+    assert sorted(parts) == [1, 2, 3, 4]
+    assert b"".join(parts[number].body for number in sorted(parts)) == body
+    assert all(request.headers["x-amz-content-sha256"] == hashlib.sha256(request.body).hexdigest() for request in parts.values())
+
+
+def test_a_file_that_shrinks_while_it_is_sent_is_not_stored(serving, tmp_path: Path) -> None:
+    path = tmp_path / "body"
+    path.write_bytes(BODY)
+
+    def answer(request: Request) -> Reply:
+        path.write_bytes(BODY[:50])
+        return Reply(body=b"<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>")
+
+    client, server = serving(answer)
+    client._single_put_bytes = 10
+    with pytest.raises(StorageError, match="became shorter"):
+        put(client, path)
+    assert [request.method for request in server.requests] == ["POST", "DELETE"]
 
 
 def test_a_lost_reply_to_the_end_of_an_upload_is_unknown(serving) -> None:
