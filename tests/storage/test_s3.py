@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import hashlib
 import itertools
 import random
@@ -255,6 +256,19 @@ def test_replacing_what_is_gone_is_a_lost_condition(serving) -> None:
         client.put_control("lock.json", b"1", if_match='"e"')
     with pytest.raises(PreconditionFailed):
         client.delete_control("lock.json", if_match='"e"')
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_making_a_client_leaves_the_collector_as_it_was(collects: bool) -> None:
+    client = S3Client(S3Settings(bucket=f"collects-{collects}", path="db", endpoint="http://127.0.0.1:9", region="us-east-1"))
+    try:
+        if not collects:
+            gc.disable()
+        assert client._s3 is not None
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+        client.close()
 
 
 @pytest.mark.fault("F31")
