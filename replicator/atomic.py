@@ -181,15 +181,19 @@ def link_file(source: str | Path, path: str | Path, *, overwrite: bool = True, m
         os.close(file)
 
 
-def make_directories(path: str | Path, mode: int = 0o755) -> None:
-    """Create a directory and its missing parents so that they survive a crash. Existing ones are left as they are."""
+def make_directories(path: str | Path, mode: int = 0o755) -> list[Path]:
+    """Create a directory and its missing parents so that they survive a crash, and return those that were missing, from the top.
+
+    Existing ones are left as they are.
+    """
     path = Path(path)
     missing = []
     for ancestor in (path, *path.parents):
         if ancestor.is_dir():
             break
         missing.append(ancestor)
-    for directory in reversed(missing):
+    missing.reverse()
+    for directory in missing:
         try:
             os.mkdir(directory, mode)
         except FileExistsError:
@@ -197,6 +201,7 @@ def make_directories(path: str | Path, mode: int = 0o755) -> None:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from None
         # Also when another process was faster: it may not have come to its own fsync yet.
         sync_directory(directory.parent)
+    return missing
 
 
 def sweep(directory: str | Path) -> int:

@@ -6,6 +6,8 @@ Four connections, all with `wal_autocheckpoint=0`, `synchronous=NORMAL` and `tru
   the last of them neither checkpoints nor deletes the WAL.
 * `W` takes the write lock, never writes.  `C` runs `wal_checkpoint(PASSIVE)`.
 
+`R2` and `C` are opened when they are needed first: of many databases that are opened, most are closed again before that.
+
 **What the pin gives.** A reader that begins while the WAL holds frames not yet copied sits in a slot > 0: nobody can restart the WAL.
 One that begins when all is copied sits in slot 0: nobody can copy anything, and the next writer may restart the WAL once, after
 which it cannot be restarted again, because that needs copying. So under one unbroken pin that began at or before the synced position, a
@@ -125,6 +127,8 @@ class Database:
         self._file = -1
         self._acquired: livefile.Identity | None = None
         self._connections: list[sqlite3.Connection] = []
+        self._copier: sqlite3.Connection | None = None  # this and `_spare` are opened when they are needed first
+        self._spare: sqlite3.Connection | None = None
         self._pinned = False
         self._attached = False  # everything that the pin can see is synced
         self._slot0 = False  # the pin may sit in slot 0
@@ -163,11 +167,11 @@ class Database:
             self.close()
             raise NotADatabase(self.path)
         try:
-            for mode in ("rw", "rw", "ro", "ro"):
+            for mode in ("rw", "ro"):
                 self._connections.append(self._connect(mode))
-            self._writer, self._checkpointer, self._pin, self._spare = self._connections
+            self._writer, self._pin = self._connections
             self._ensure_wal_mode()
-            self.page_size = int(self._checkpointer.execute("PRAGMA page_size").fetchone()[0])
+            self.page_size = int(self._writer.execute("PRAGMA page_size").fetchone()[0])
             self.pin()
         except sqlite3.Error as error:
             self.close()
@@ -182,6 +186,7 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
         self._connections = []
+        self._copier = self._spare = None
         acquired, self._acquired = self._acquired, None
         if acquired is not None:
             livefile.release(acquired)
@@ -245,13 +250,25 @@ class Database:
             raise
         return connection
 
+    @property
+    def _checkpointer(self) -> sqlite3.Connection:
+        if self._copier is None:
+            self._copier = self._connect("rw")
+            self._connections.insert(0, self._copier)  # those that only read are closed last
+        return self._copier
+
+    def _ensure_spare(self) -> None:
+        if self._spare is None:
+            self._spare = self._connect("ro")
+            self._connections.append(self._spare)
+
     def _ensure_wal_mode(self) -> None:
-        self._checkpointer.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        mode = str(self._checkpointer.execute("PRAGMA journal_mode").fetchone()[0])
+        self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        mode = str(self._writer.execute("PRAGMA journal_mode").fetchone()[0])
         if mode == "wal":
             return
         try:
-            mode = str(self._checkpointer.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+            mode = str(self._writer.execute("PRAGMA journal_mode=WAL").fetchone()[0])
         except sqlite3.OperationalError as error:
             raise NotWALMode(self.path, mode) from error
         if mode != "wal":
@@ -291,6 +308,7 @@ class Database:
 
     def _move_pin(self, position: WALPosition) -> None:
         """Move the pin to `position`, which is the WAL's end: call only with the write lock held."""
+        assert self._spare is not None
         _begin_read(self._spare)
         self._pin.execute("ROLLBACK")
         self._pin, self._spare = self._spare, self._pin
@@ -456,6 +474,11 @@ class Database:
         header = self.wal_header()
         return header is not None and (header.salt1, header.salt2) == salts
 
+    def _is_in_wal_of(self, position: WALPosition) -> bool:
+        """True while a position's WAL is the current one, or there was none and is none."""
+        header = self.wal_header()
+        return not position.has_wal if header is None else (header.salt1, header.salt2) == position.salts
+
     def wal_header(self) -> WALHeader | None:
         """Return the header of the WAL as it is now; None when there is no valid one."""
         with self.wal() as wal:
@@ -477,8 +500,8 @@ class Database:
 
     def settle(self, position: WALPosition, before_move: Callable[[Changes], None]) -> Checkpoint:
         """Move a pin that may sit in slot 0 to a slot > 0, so that others may copy again. Does nothing when that is not needed."""
-        # Until the WAL was restarted there is nothing to copy that others could miss.
-        if not self._slot0 or (self._restart_allowed and self.salts_are(position.salts)):
+        # Until the WAL was restarted, or begun, there is nothing to copy that others could miss.
+        if not self._slot0 or (self._restart_allowed and self._is_in_wal_of(position)):
             return Checkpoint(False, False, False, None, position, 0.0)
         return self._under_lock(position, before_move, move_only=True)
 
@@ -530,6 +553,10 @@ class Database:
     def _under_lock(
         self, position: WALPosition, before_move: Callable[[Changes], None], *, move_only: bool, flush: bool = False
     ) -> Checkpoint:
+        if move_only:
+            self._ensure_spare()  # here, where nobody waits for it yet
+        else:
+            _ = self._checkpointer
         ahead = self._read_ahead(position, flush=flush)
         if sum(len(part.data or b"") for part in ahead) > AHEAD_BYTES:  # the ordinary sync takes it
             return Checkpoint(False, False, False, None, position, 0.0, goes_on=True)

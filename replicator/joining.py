@@ -143,7 +143,8 @@ def join(
         table = _bring_to(
             head, table, lineage, staged, folder=folder, staging=staging, page_size=page_size, all_online=len(online) == len(replicas)
         )
-        known.note(replicas, reset=force_snapshot)
+        if force_snapshot or any(replica.txid for replica in replicas):  # else there is nothing to lose before the first entry settles
+            known.note(replicas, reset=force_snapshot)
     except BaseException:
         if table is not None:
             table.close()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from replicator.atomic import begin_flush
+from replicator.atomic import begin_flush, make_directories
 from replicator.budget import MemoryBudget
 from replicator.format.checksum import page_checksums
 from replicator.format.ltx import TXID, Encoder, Header, format_name, parse_name
@@ -128,16 +128,32 @@ class Staging:
 
     def __init__(self, folder: Path, *, limit_bytes: int, memory: MemoryBudget | None = None) -> None:
         """`memory`: shared with others, for files that are not in the folder; without it each may have `SPOOL_BYTES`."""
-        self.folder = folder
+        self._folder = folder
+        self._is_there = False
         self.limit_bytes = limit_bytes
         self.memory = memory
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
+        for left in self.paths():
+            if left.name.endswith(".tmp"):
+                left.unlink(missing_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        """The folder, which is made when it is needed first: of most databases everything stays in memory."""
+        if not self._is_there:
+            make_directories(self._folder)
+            self._is_there = True
+        return self._folder
+
+    def paths(self) -> list[Path]:
+        """Return what is in the folder."""
+        try:
+            return [self._folder / name for name in os.listdir(self._folder)]
+        except FileNotFoundError:
+            return []
 
     def check_space(self) -> None:
         """Raise `OSError` (ENOSPC) when the disk is nearly full: the last of it belongs to the application."""
-        if shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES:
+        if self._free_bytes() < DISK_RESERVE_BYTES:
             raise OSError(errno.ENOSPC, "the disk is nearly full", str(self.folder))
 
     def create(self, name: str) -> tuple[int, Path]:
@@ -191,15 +207,18 @@ class Staging:
     def is_full(self) -> bool:
         """True when the bound of the folder is reached, or the disk is nearly full."""
         used = 0
-        for path in self.folder.iterdir():
+        for path in self.paths():
             with contextlib.suppress(FileNotFoundError):
                 used += path.stat().st_size
-        return used >= self.limit_bytes or shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES
+        return used >= self.limit_bytes or self._free_bytes() < DISK_RESERVE_BYTES
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self._folder if self._is_there else self._folder.parent).free
 
     def files(self) -> list[tuple[int, TXID, TXID, Path]]:
         """Return (level, min TXID, max TXID, path) of the staged files, snapshots before raw files, in order of TXID."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self.paths():
             level, _, name = path.name.partition("-")
             txids = parse_name(name)
             if txids is not None and level.isdigit():
@@ -214,7 +233,7 @@ class Staging:
 
     def clear(self) -> None:
         """Remove everything in it."""
-        for path in self.folder.iterdir():
+        for path in self.paths():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

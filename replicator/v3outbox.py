@@ -71,7 +71,7 @@ def encode_v3(staging: Staging, file: V3File, content: Iterable[bytes | bytearra
 def staged_entries(staging: Staging) -> list[Entry]:
     """Return what an earlier run staged, in order; nothing is verified."""
     found: dict[int, list[V3File]] = {}
-    for path in staging.folder.iterdir():
+    for path in staging.paths():
         if match := _STAGED.fullmatch(path.name):
             number, level, generation, index, offset, end = match.groups()
             txid = TXID(int(number, 16))

@@ -272,10 +272,11 @@ class FileClient:
     def _make(self, level: int) -> None:
         with self._prepare_lock:
             folder = self.level_path(level)
-            make_directories(folder)
+            made = make_directories(folder)
             # A folder that was there may have been made just before a crash or by a writer that has not come to its fsync.
-            sync_directory(folder.parent)
-            sync_directory(self.root)
+            for there in (folder, folder.parent):
+                if there not in made:
+                    sync_directory(there.parent)
             self._prepared[level] = os.fspath(folder)
 
     def _control_path(self, name: str) -> Path:
@@ -310,8 +311,8 @@ class FileClient:
         """Hold the lock of the control objects, against other threads and other processes."""
         path = self.root / _LOCK_NAME
         with _translated(path):
-            if not path.parent.is_dir():
-                make_directories(path.parent)
+            if not path.parent.is_dir() and self.root in make_directories(path.parent):
+                self._swept = True  # where there was nothing, nobody has left anything
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             _lock(file, path)

@@ -102,6 +102,7 @@ def test_a_connection_that_is_older_than_the_failure_fails_too(tmp_path: Path) -
     for failure in each_failure(kinds={Kind.SQLITE}):
         database = Database(tmp_path / "a.db")
         database.open()
+        database.frames_in_index()  # opens the connection
         with failure, contextlib.suppress(sqlite3.OperationalError):
             database.frames_in_index()
         seen += failure.failed
