@@ -154,7 +154,7 @@ class Staging:
     def check_space(self) -> None:
         """Raise `OSError` (ENOSPC) when the disk is nearly full: the last of it belongs to the application."""
         if self._free_bytes() < DISK_RESERVE_BYTES:
-            raise OSError(errno.ENOSPC, "the disk is nearly full", str(self.folder))
+            raise OSError(errno.ENOSPC, "the disk is nearly full", str(self._folder))
 
     def create(self, name: str) -> tuple[int, Path]:
         """Open a new temporary file for writing; `finish` or `discard` it. Raises `OSError` when the disk is nearly full."""

@@ -247,9 +247,9 @@ MUTANTS = [
         f"{ERRORS}::test_the_bound_of_the_staging_folder_holds_for_large_files", (23,),
     ),
     Mutant(
-        "the last of the disk is taken", "outbox.py", " or shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES\n", "\n",
+        "the last of the disk is taken", "outbox.py", " or self._free_bytes() < DISK_RESERVE_BYTES\n", "\n",
         f"{ERRORS}::test_the_last_of_the_disk_is_left_to_the_application", (23,),
-        (("outbox.py", "        if shutil.disk_usage(self.folder).free < DISK_RESERVE_BYTES:\n", "        if False:\n"),),
+        (("outbox.py", "        if self._free_bytes() < DISK_RESERVE_BYTES:\n", "        if False:\n"),),
     ),
     Mutant(
         "a staged file that fails is left", "outbox.py", "        except BaseException:\n            path.unlink(missing_ok=True)\n            raise\n",
