@@ -159,7 +159,7 @@ def test_the_tail_is_not_lost_when_the_checkpoint_fails_after_copying(tmp_path: 
     insert(application, 50)
     drain(subject)
     insert(application, 50)  # found under the write lock
-    subject._database._checkpointer = RaisesOnce(subject._database._checkpointer)  # type: ignore[assignment]
+    subject._database._copier = RaisesOnce(subject._database._checkpointer)  # type: ignore[assignment]
     with pytest.raises(sqlite3.OperationalError):
         subject.checkpoint()
     application.execute("UPDATE t SET v = 'restarts the WAL' WHERE id = 1")
@@ -197,6 +197,7 @@ def test_a_connection_that_was_left_in_a_transaction_is_used_again(tmp_path: Pat
     subject.open()
     drain(subject)
     subject._database._unpin()
+    subject._database._ensure_spare()
     for connection in (subject._database._pin, subject._database._spare):
         connection.execute("BEGIN")  # the read that should follow failed
     insert(application, 5)
@@ -421,7 +422,7 @@ def test_a_checkpoint_waits_for_that_of_the_application(tmp_path: Path) -> None:
     drain(subject)
     insert(application, 40)
     drain(subject)
-    subject._database._checkpointer = BusyAtFirst(subject._database._checkpointer)  # type: ignore[assignment]
+    subject._database._copier = BusyAtFirst(subject._database._checkpointer)  # type: ignore[assignment]
     assert subject.checkpoint()
     subject._database._checkpointer.left = 10**9  # type: ignore[attr-defined]
     insert(application, 40)
@@ -640,10 +641,10 @@ def test_nothing_is_acknowledged_while_a_damaged_frame_cannot_be_told_from_the_e
     insert(application, 1, size=3900)
     flip_a_bit_of_frame(database, before)
     free = subject._database._checkpointer
-    subject._database._checkpointer = Busy(free)  # type: ignore[assignment]
+    subject._database._copier = Busy(free)  # type: ignore[assignment]
     with pytest.raises(DatabaseStateError, match="cannot tell"):
         subject.advance()
-    subject._database._checkpointer = free
+    subject._database._copier = free
     drain(subject)
     drain(subject)
     assert rows(restored(client, tmp_path)) == rows(application)
@@ -832,12 +833,12 @@ def test_checkpoints_of_others_are_warned_about_where_sqlite_has_the_wal_reset_b
     drain(engine)
     assert engine.checkpoint()
     real = engine._database._checkpointer
-    engine._database._checkpointer = Contended(real)
+    engine._database._copier = Contended(real)
     for _ in range(2):  # it is said once
         insert(application, 3)
         drain(engine)
         assert not engine.checkpoint()
-    engine._database._checkpointer = real
+    engine._database._copier = real
     assert engine.checkpoint()
     said = [record.getMessage() for record in caplog.records if "WAL-reset" in record.getMessage()]
     assert len(said) == warnings
