@@ -251,7 +251,7 @@ def test_drills_on_a_schedule_show_in_status_and_metrics(tmp_path: Path) -> None
 def test_what_a_killed_drill_left_behind_stops_nothing_and_is_removed(tmp_path: Path, pair: Pair) -> None:
     left = [tmp_path / ".a.db-litestream/pyrepl/scratch/.pyrepl-drill-x", tmp_path / ".a.db-litestream/pyrepl/.pyrepl-drill-y"]
     for folder in left:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "drill.db").write_bytes(b"x")
     pair.replicate()
     assert not left[0].exists()
