@@ -528,7 +528,7 @@ class Engine:
         if (
             unreadable
             or now >= self._known_at + KNOWN_EVERY_S
-            or any(item.url not in self._known or (item.txid and not self._known.get(item.url)) for item in self.replicas if item.online)
+            or any((item.online and item.url not in self._known) or (item.txid and not self._known.get(item.url)) for item in self.replicas)
         ):
             self._known.note(self.replicas)
             self._known_at = now

@@ -198,7 +198,7 @@ class EngineThread:
             board.answer(question, engine.txid)
         if engine.is_behind or engine.has_tail:
             return False
-        if engine.checkpoint_due():
+        if engine.checkpoint_due() and not self._is_full():  # it may take the end of the WAL with it, which is staged then
             self._checkpoint()
         return engine.at_end and not engine.has_tail
 
@@ -227,11 +227,14 @@ class EngineThread:
         Not while there is no state to take an image of: a replica that lacks files, and would make room, waits for that image.
         """
         board = self._board
-        while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():
+        while self._engine.can_snapshot and self._is_full():
             board.report(StorageUnavailable(f"no replica reachable and the staging folder is full: {board.path}"))
             with board.changed:
                 board.engine.wait_for(lambda: board.ends or not board.has_unstored(), STAGE_AFTER_S)
             self._raise_if_ended()
+
+    def _is_full(self) -> bool:
+        return self._board.has_unstored() and self._engine.staging_is_full()
 
     def _deliver(self, entry: Entry, since: float) -> Entry:
         """Hand an entry to the replicas; returns it when one has it, or its staged form. The page table must know it next: `_settle`.

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from replicator import Replicator
+from replicator.engine import Engine
 from replicator.errors import DatabaseStateError, ReplicaEmptied, ReplicatorError, StorageUnavailable, WaitTimeout
-from replicator.outbox import DISK_RESERVE_BYTES
+from replicator.outbox import DISK_RESERVE_BYTES, Entry
 from replicator.storage.memory import MemoryClient
 from tests.e2e.databases import Flaky, checkpointed_bytes, connect, drain, engine_for, insert, restored, rows, until
 
@@ -308,6 +309,39 @@ def test_the_bound_of_the_staging_folder_holds_for_large_files(tmp_path: Path) -
             replicator.wait(timeout_s=1)
         # One more where the WAL began anew meanwhile: the rest of the old one goes first, or a replica that lacks files could get no image.
         assert staged_bytes(tmp_path) < 20 << 20
+        client.down = False
+        replicator.wait(timeout_s=TIMEOUT_S)
+        assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
+    application.close()
+
+
+@pytest.mark.fault("F23")
+def test_no_checkpoint_takes_commits_into_a_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file that is staged makes a checkpoint due, and each time there is a commit that it would take with it."""
+    database, client = tmp_path / "a.db", Flaky()
+    application = connect(database)
+    settled, left = Engine.settled, [9, 9, 9]
+
+    def and_a_commit(engine: Engine, entry: Entry) -> None:
+        settled(engine, entry)
+        if entry.txid > 1 and client.down and left:
+            connection = sqlite3.connect(database)
+            connection.execute("INSERT INTO t(v) VALUES(randomblob(?))", (left.pop() << 20,))
+            connection.commit()
+            connection.close()
+
+    monkeypatch.setattr(Engine, "settled", and_a_commit)
+    with Replicator(
+        database, client, sync_interval_s=0.01, staging_limit_bytes=1 << 20, min_checkpoint_pages=10, history=None
+    ) as replicator:
+        replicator.wait(timeout_s=TIMEOUT_S)
+        client.down = True
+        application.execute("INSERT INTO t(v) VALUES(randomblob(?))", (9 << 20,))  # larger than what is kept in memory
+        until(lambda: len(left) == 2)
+        with pytest.raises(WaitTimeout, match="full"):
+            replicator.wait(timeout_s=1)
+        assert len(left) == 2
+        assert staged_bytes(tmp_path) < 10 << 20
         client.down = False
         replicator.wait(timeout_s=TIMEOUT_S)
         assert restored(client, tmp_path).read_bytes() == checkpointed_bytes(database, tmp_path)
