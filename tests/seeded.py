@@ -437,9 +437,13 @@ MUTANTS = [
         f"{KEEPER}::test_without_the_right_to_delete_the_replica_grows_and_everything_else_goes_on", (39, 40),
     ),
     Mutant(
-        "nobody waits for room", "loop.py", "        while board.has_unstored() and self._engine.can_snapshot and self._engine.staging_is_full():\n", "        while False:\n",
+        "nobody waits for room", "loop.py", "        while self._engine.can_snapshot and self._is_full():\n", "        while False:\n",
         f"{ERRORS}::test_a_store_that_is_slower_than_the_application_holds_a_bounded_queue_and_shows_its_lag", (41,),
         (("engine.py", "return None if self._staging.is_full() else self._staging.stage(entry)", "return self._staging.stage(entry)"),),
+    ),
+    Mutant(
+        "a checkpoint takes commits into a folder that is full", "loop.py", "        if engine.checkpoint_due() and not self._is_full():", "        if engine.checkpoint_due():",
+        f"{ERRORS}::test_no_checkpoint_takes_commits_into_a_folder_that_is_full", (23,),
     ),
     Mutant(
         "a staged file goes before its proof is written", "engine.py", "        if self._known is not None:\n            self._known.note(self.replicas)  # the staged file was the proof that the stored one is ours\n", "",

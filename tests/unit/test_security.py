@@ -18,6 +18,7 @@ from replicator import Replicator, atomic, inplace, publish
 from replicator.errors import IntegrityCheckFailed
 from replicator.server import listen_unix
 from replicator.storage.memory import MemoryClient
+from tests.e2e.databases import drain, engine_for
 from tests.storage.scripted import s3_error, scripted
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +119,14 @@ def test_no_connection_of_the_engine_trusts_a_schema(tmp_path: Path, monkeypatch
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", traced)
-    with Replicator(tmp_path / "a.db", MemoryClient(), history=None) as running:
-        running.wait(timeout_s=20)
+    engine = engine_for(tmp_path / "a.db", MemoryClient())
+    engine.open()
+    drain(engine)
+    assert engine.checkpoint()
+    application.execute("INSERT INTO t VALUES(1)")
+    drain(engine)
+    engine.settle_pin()
+    engine.close()
     assert len(statements) == 4
     (tmp_path / "copy.db-journal").write_bytes(b"hot")
     inplace.recover(tmp_path / "copy.db")
