@@ -73,11 +73,13 @@ def certified(server: Server, keys: int) -> Report:
 
 
 @pytest.mark.slow
-def test_seaweedfs_is_fit_for_everything(seaweed) -> None:
+def test_seaweedfs_fails_at_most_the_race_of_uploads_in_parts(seaweed) -> None:
+    """It looks for an object before it puts parts together, and not while it does: on busy cores two writers may be told that they have won."""
     report = certified(seaweed, 1005)
-    assert [(item.name, item.detail) for item in report.findings if item.result != "pass"] == []
-    assert report.modes == dict.fromkeys(MODES, True)
-    assert report.supports_what_is_required
+    failed = {item.name for item in report.findings if item.result != "pass"}
+    assert failed <= {"parts"}, [item.detail for item in report.findings if item.name in failed]
+    assert report.modes == {mode: not failed or mode not in ("append-only", "fenced") for mode in MODES}
+    assert report.supports_what_is_required == (not failed)
 
 
 @pytest.mark.slow
