@@ -476,8 +476,7 @@ class Database:
 
     def _is_in_wal_of(self, position: WALPosition) -> bool:
         """True while a position's WAL is the current one, or there was none and is none."""
-        header = self.wal_header()
-        return not position.has_wal if header is None else (header.salt1, header.salt2) == position.salts
+        return self.salts_are(position.salts) if position.has_wal else self.wal_header() is None
 
     def wal_header(self) -> WALHeader | None:
         """Return the header of the WAL as it is now; None when there is no valid one."""

@@ -304,7 +304,7 @@ class Places:
     # -- time ----------------------------------------------------------------------------------------------------------------------
 
     def _now(self) -> str:
-        return iso(self._clock.now())
+        return self._clock.stamp()
 
     def _arrive(self) -> None:
         """Take the next place in the queue: by time, so that it need not be looked for after a restart."""

@@ -29,9 +29,9 @@ from azure.storage.blob import BlobPrefix, ContainerClient, ContentSettings
 
 from replicator import __version__
 from replicator.errors import AccessDenied, ConfigError, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
-from replicator.storage.base import Body, ReadStream, format_time, parse_time
+from replicator.storage.base import Body, ReadStream, body_size, format_time, parse_time
 from replicator.storage.locations import ABSSettings
-from replicator.storage.tree import Entry, Pieces, Write, body_size, opened, stored_time, whole
+from replicator.storage.tree import Entry, Pieces, Write, opened, stored_time, whole
 
 __all__ = ["ABSObjects"]
 

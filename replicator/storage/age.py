@@ -41,7 +41,18 @@ from replicator.atomic import AtomicFile, sweep
 from replicator.errors import AccessDenied, ConfigError, CorruptReplica, ObjectNotFound, PreconditionFailed, StorageUnavailable, WrongKey
 from replicator.format.age import MAGIC, header_size, plaintext_size
 from replicator.format.ltx import TXID, FileInfo
-from replicator.storage.base import AGE, FROM_START, Body, ControlObject, Layout, ObjectStore, ReadStream, ReplicaClient, StoredObject
+from replicator.storage.base import (
+    AGE,
+    FROM_START,
+    Body,
+    ControlObject,
+    Layout,
+    ObjectStore,
+    ReadStream,
+    ReplicaClient,
+    StoredObject,
+    body_size,
+)
 
 __all__ = ["AgeClient"]
 
@@ -286,7 +297,7 @@ class AgeClient:
                 self._keep(address, kept or _Kept(_digest(body), sent))
             raise
         sent.discard()
-        return FileInfo(level, min_txid, max_txid, _size(body), info.created_at)
+        return FileInfo(level, min_txid, max_txid, body_size(body), info.created_at)
 
     def delete(self, files: Iterable[FileInfo]) -> None:
         self._inner.delete(files)
@@ -303,7 +314,7 @@ class AgeClient:
         Raises:
             StorageUnavailable: there is no room for the temporary file.
         """
-        if _size(body) <= _SPOOL_BYTES:
+        if body_size(body) <= _SPOOL_BYTES:
             return _Ciphertext(self._age.encrypt(body.read_bytes() if isinstance(body, Path) else bytes(body), self._recipients))
         folder = self._spool or Path(tempfile.gettempdir())
         with body.open("rb") if isinstance(body, Path) else BytesIO(body) as plain:
@@ -655,10 +666,6 @@ def _digest(source: Body | ReadStream) -> bytes:
         while piece := source.read(_PIECE_BYTES):
             digest.update(piece)
     return digest.digest()
-
-
-def _size(body: Body) -> int:
-    return body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
 
 
 def _address(info: FileInfo) -> _Address:

@@ -42,6 +42,7 @@ __all__ = [
     "ReadStream",
     "ReplicaClient",
     "StoredObject",
+    "body_size",
     "check_control_name",
     "check_metadata",
     "check_object_name",
@@ -64,6 +65,11 @@ _METADATA_VALUE = re.compile(r"[!-~]([ -~]{0,510}[!-~])?")
 
 Body = bytes | bytearray | memoryview | Path
 """What `put` stores: bytes, or the path of a complete local file that the client reads (and may hard-link, never changes)."""
+
+
+def body_size(body: Body) -> int:
+    """Return a body's size in bytes. A body that is missing is the caller's error, not the replica's: `FileNotFoundError`."""
+    return body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
 
 
 @dataclass(frozen=True, slots=True)

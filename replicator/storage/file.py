@@ -41,6 +41,7 @@ from replicator.storage.base import (
     Layout,
     ReadStream,
     StoredObject,
+    body_size,
     check_control_name,
     check_object_name,
     created_at,
@@ -135,9 +136,7 @@ class FileClient:
         if_absent: bool = False,
         metadata: dict[str, str] | None = None,
     ) -> FileInfo:
-        info = FileInfo(level, min_txid, max_txid, memoryview(body).nbytes if not isinstance(body, Path) else 0, created_at(timestamp_ms))
-        if isinstance(body, Path):
-            info = replace(info, size=os.stat(body).st_size)  # a body that is missing is the caller's error, not the replica's
+        info = FileInfo(level, min_txid, max_txid, body_size(body), created_at(timestamp_ms))
         folder = self._prepared.get(level) or os.fspath(self.level_path(level))
         path = os.path.join(folder, self.layout.name(info))
         with _translated(path):

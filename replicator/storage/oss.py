@@ -34,9 +34,9 @@ from replicator.errors import (
     StorageError,
     StorageUnavailable,
 )
-from replicator.storage.base import Body, ReadStream, format_time, parse_time
+from replicator.storage.base import Body, ReadStream, body_size, format_time, parse_time
 from replicator.storage.locations import OSSSettings
-from replicator.storage.tree import CHUNK, Entry, Pieces, Write, body_size, opened, stored_time, whole
+from replicator.storage.tree import CHUNK, Entry, Pieces, Write, opened, stored_time, whole
 
 __all__ = ["OSSObjects"]
 

@@ -63,6 +63,7 @@ from replicator.storage.base import (
     Layout,
     ReadStream,
     StoredObject,
+    body_size,
     check_control_name,
     check_metadata,
     check_object_name,
@@ -430,7 +431,7 @@ class S3Client:
     def _put_body(self, key: str, body: Body, *, if_absent: bool, **more: Any) -> int:
         """Store an object in one request or in parts; return its size in bytes."""
         arguments = {"ContentType": "application/octet-stream", **more, **self._write_arguments}
-        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
+        size = body_size(body)
         if size > self._single_put_bytes:
             self._put_parts(key, body, size, arguments, if_absent=if_absent)
         else:

@@ -25,7 +25,7 @@ from typing import Any
 
 from replicator.errors import PreconditionFailed, StorageUnavailable
 from replicator.format.ltx import FileInfo
-from replicator.storage.base import LITESTREAM, Body, Layout, ReadStream
+from replicator.storage.base import LITESTREAM, Body, Layout, ReadStream, body_size
 from replicator.storage.s3 import S3Client
 from replicator.storage.url import S3Settings
 
@@ -144,7 +144,7 @@ class FastS3Client(S3Client):
         return bytes(found.bytes())
 
     def _put_body(self, key: str, body: Body, *, if_absent: bool, **more: Any) -> int:
-        size = body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
+        size = body_size(body)
         if size > SMALL_BYTES:
             return super()._put_body(key, body, if_absent=if_absent, **more)
         data = body.read_bytes() if isinstance(body, Path) else bytes(body)

@@ -42,9 +42,9 @@ from replicator.errors import (
     StorageUnavailable,
 )
 from replicator.storage.background import Background
-from replicator.storage.base import Body, ReadStream
+from replicator.storage.base import Body, ReadStream, body_size
 from replicator.storage.locations import SFTPSettings
-from replicator.storage.tree import CHUNK, Entry, Pieces, Write, body_size, etag_of, is_stale, opened, temporary_name, whole
+from replicator.storage.tree import CHUNK, Entry, Pieces, Write, etag_of, is_stale, opened, temporary_name, whole
 
 __all__ = ["SFTPObjects"]
 

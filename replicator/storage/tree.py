@@ -36,6 +36,7 @@ from replicator.storage.base import (
     Layout,
     ReadStream,
     StoredObject,
+    body_size,
     check_control_name,
     check_metadata,
     check_object_name,
@@ -49,7 +50,6 @@ __all__ = [
     "Pieces",
     "TreeClient",
     "Write",
-    "body_size",
     "etag_of",
     "is_stale",
     "opened",
@@ -317,11 +317,6 @@ class Pieces:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /) -> None:
         self.close()
-
-
-def body_size(body: Body) -> int:
-    """Return a body's size in bytes. A body that is missing is the caller's error, not the replica's: `FileNotFoundError`."""
-    return body.stat().st_size if isinstance(body, Path) else memoryview(body).nbytes
 
 
 def opened(body: Body) -> BinaryIO:

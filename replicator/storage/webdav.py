@@ -32,9 +32,9 @@ import urllib3
 
 from replicator import __version__
 from replicator.errors import AccessDenied, ConditionUnsupported, ObjectNotFound, PreconditionFailed, StorageError, StorageUnavailable
-from replicator.storage.base import Body, ReadStream
+from replicator.storage.base import Body, ReadStream, body_size
 from replicator.storage.locations import WebDAVSettings
-from replicator.storage.tree import CHUNK, Entry, Pieces, Write, body_size, etag_of, is_stale, opened, stored_time, temporary_name, whole
+from replicator.storage.tree import CHUNK, Entry, Pieces, Write, etag_of, is_stale, opened, stored_time, temporary_name, whole
 
 __all__ = ["WebDAVObjects"]
 
